@@ -179,3 +179,8 @@ def within(budget):
     memory = StepMemory()
     memory.next_step = lambda *_, **__: budget  # pyright: ignore[reportAttributeAccessIssue]
     return {"keep_graphs": "auto", "memory": memory}
+
+
+def num_kept(recording) -> int:
+    """How many mini-batches hold their graph at this moment."""
+    return sum(piece.outputs is not None for piece in recording.pieces)

@@ -20,6 +20,7 @@ from tests.caching.helpers import (
     TextEncoder,
     clone,
     gradients,
+    num_kept,
     plain_step,
     recorded,
     relative_error,
@@ -278,10 +279,10 @@ def test_wide_embeddings_leave_room_for_fewer_graphs(device):
     options = {"mini_batch_size": 8, "keep_graphs": "auto", "modules": [inner]}
     a_graph = 4 * (8 * 512 + 8 * 6)  # tanh saves its result, the layer its input
     device.total = leaves + sum(4 * p.numel() for p in inner.parameters()) + 5 * a_graph
-    kept = [one.num_kept for one in record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)]
+    kept = [num_kept(one) for one in record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)]
     assert kept == [4, 0]  # and one replay
     device.total -= leaves
-    assert record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)[0].num_kept == 0
+    assert num_kept(record_towers([encode] * 2, inputs, memory=StepMemory("100%"), **options)[0]) == 0
 
 
 class Tight(torch.nn.Module):
@@ -317,11 +318,11 @@ def test_overrun_lowers_what_later_steps_keep(device):
     memory, x = StepMemory("80%"), torch.randn(12, 6)
     options = {"mini_batch_size": 2, "keep_graphs": "auto", "memory": memory}
     with pytest.warns(UserWarning, match="with 3 graphs kept"):
-        first = record_towers([crowded], [x], **options)[0].num_kept
+        first = num_kept(record_towers([crowded], [x], **options)[0])
     assert not crowded.alive()
     [second] = record_towers([crowded], [x], **options)  # warnings are errors: it did not run out again
     assert first == 2
-    assert second.num_kept == 2
+    assert num_kept(second) == 2
 
 
 def test_out_of_memory_in_the_backward_pass_is_explained():

@@ -17,7 +17,13 @@ from anybatch.data.inputs import MixedColumn
 from anybatch.data.pairs import PairData, text_digest
 from anybatch.data.reading import read_pairs
 from anybatch.integrations.sentence_transformers import embed as module
-from anybatch.integrations.sentence_transformers.collating import ImageCollator, UndecodedRows, as_columns, undecoded
+from anybatch.integrations.sentence_transformers.collating import (
+    ImageCollator,
+    UndecodedRows,
+    as_columns,
+    rows_on_demand,
+    undecoded,
+)
 from anybatch.integrations.sentence_transformers.embed import embed_texts, embed_to_file
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import side_inputs
@@ -127,7 +133,7 @@ def test_an_image_that_the_processor_refuses_is_named(tmp_path):
     match = "processor refuses the image in row 4, 'image' of .*: absolute aspect ratio must be smaller than 200"
     with pytest.raises(AnybatchError, match=match):
         embed_texts(model, anchors)
-    collated = UndecodedRows(anchors).on_demand(model, {})
+    collated = rows_on_demand(model, {"pixel_values": UndecodedRows(anchors)})
     with pytest.raises(AnybatchError, match=match):
         collated.take(torch.arange(5))
     with pytest.raises(AnybatchError, match=match):

@@ -107,25 +107,15 @@ def _named_by(function: types.FunctionType) -> list[Any]:
 class ModuleFacts:
     """What a step must know of the modules behind its encoders, from one walk over all of them.
 
-    Attributes:
-        modules: Those of all encoders, without the ones below them: the given ones, or what `modules_of` finds.
-        visible: What `modules_of` finds in each encoder, by its id.
-        flags: The training flag of every module at or below them.
-        wrapped: Every DistributedDataParallel, and every outermost `fully_shard`ed module.
-        trained: The parameters that train.
-        image_tokens: Ids that stand for images, as the models' configurations name them.
-        generators: Generator objects that encoders and modules visibly hold, or that the methods of their classes name.
-        written: What forward passes may write to; nothing is watched where gradients are off.
-
     Raises:
         AnybatchError: Batch statistics, hooks that act on a gradient before it is whole, what `refuse_wrapper` refuses.
     """
 
     def __init__(self, encoders: Sequence[Encoder], modules: Sequence[nn.Module] | None) -> None:
         self.given = modules is not None
-        self.flags: dict[nn.Module, bool] = {}
-        self.visible: dict[int, tuple[nn.Module, ...]] = {}
-        self.image_tokens: set[int] = set()
+        self.flags: dict[nn.Module, bool] = {}  # the training flag of every module at or below the encoders' own
+        self.visible: dict[int, tuple[nn.Module, ...]] = {}  # what `modules_of` finds in each encoder, by its id
+        self.image_tokens: set[int] = set()  # ids that stand for images, as the models' configurations name them
         self._places: list[Place] = []
         self._frozen: list[Place] = []
         self._generators: dict[int, Generator] = {}
@@ -153,11 +143,13 @@ class ModuleFacts:
         reducing = [module for module in self.flags if isinstance(module, (DistributedDataParallel, FSDPModule))]
         sharded = [module for module in reducing if isinstance(module, FSDPModule)]
         inside = {part for module in sharded for part in module.modules() if part is not module}
+        # Every DistributedDataParallel, and every outermost `fully_shard`ed module.
         self.wrapped: list[Wrapped] = [module for module in reducing if module not in inside]
         held = (parameter for module in self.flags for parameter in module._parameters.values())
         self.trained = list(dict.fromkeys(p for p in held if p is not None and p.requires_grad))
-        self.generators = tuple(self._generators.values())
+        self.generators = tuple(self._generators.values())  # visibly held, or named by methods
         broadcast_buffers(self.wrapped)
+        # What forward passes may write to; nothing is watched where gradients are off.
         self.written = WrittenState(self._places, self._frozen) if torch.is_grad_enabled() else WrittenState()
 
     def _add_state(self, module: nn.Module, path: str) -> None:

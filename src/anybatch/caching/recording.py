@@ -67,16 +67,6 @@ class Recording:
             )
         return self.leaves[0]
 
-    @property
-    def trains(self) -> bool:
-        """False for a frozen encoder, which is never replayed."""
-        return any(piece.trains for piece in self.pieces)
-
-    @property
-    def num_kept(self) -> int:
-        """How many mini-batches hold their graph at this moment."""
-        return sum(piece.outputs is not None for piece in self.pieces)
-
     def refuse_if_sharded(self, rows: Tensor, error: BaseException | None) -> None:
         """A mini-batch of a sharded encoder that ran out of memory ends the step."""
         if self.tower.sharded:

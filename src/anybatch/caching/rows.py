@@ -47,25 +47,15 @@ class Shared:
 
 
 class Rows:
-    """Abstract: a batch of which any subset of rows can be taken.
+    """Abstract: a batch of which any subset of rows can be taken."""
 
-    Attributes:
-        inputs: What its form is known from.
-        num_rows: B.
-        lengths: `(B,)` int64 on the CPU, the tokens a row needs (summed over nested mappings), or None
-            where nothing tells.
-        patches: `(B,)` int64, what the row's images cost beside its tokens, in tokens: patches of a grid, else one per
-            256 pixels. None without images, or without lengths.
-        images: Whether the rows are images, which cost the same each.
-        trim: Which padding is cut.
-    """
-
-    inputs: Any
-    num_rows: int
-    lengths: Tensor | None
+    inputs: Any  # what its form is known from
+    num_rows: int  # B
+    lengths: Tensor | None  # (B,) int64 on the CPU, the tokens of each row, over all nested mappings
+    # (B,) int64, what the images of a row cost beside them, in tokens: patches of a grid, else one per 256 pixels.
     patches: Tensor | None
-    images: bool
-    trim: Trim
+    images: bool  # whether the rows are images, which cost the same each
+    trim: Trim  # which padding is cut
     untested_trim: Trim = "trailing"  # where no passes can tell what an encoder depends on
     image_tokens: Collection[int] = ()
 

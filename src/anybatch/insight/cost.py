@@ -24,19 +24,12 @@ STEPS = 3  # timed at most; their median counts
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """What `step_cost` measured.
+    """What `step_cost` measured."""
 
-    Attributes:
-        rows: Of the steps that were taken; fewer than the batch where time was short.
-        seconds_per_row: Of a step, the tokenising of its rows included.
-        peak_bytes: In use at most in a step of the whole batch: on a CPU by this process, on a GPU by its tensors.
-        total_bytes: What the device has.
-    """
-
-    rows: int
-    seconds_per_row: float
-    peak_bytes: int
-    total_bytes: int
+    rows: int  # of the steps that were taken; fewer than the batch where time was short
+    seconds_per_row: float  # with the tokenising of the rows
+    peak_bytes: int  # in use at most in a step of the whole batch: on a CPU by this process, on a GPU by its tensors
+    total_bytes: int  # of the device
 
 
 def step_cost(config: RunConfig, pairs: PairData, model: SentenceTransformer, *, seconds: float) -> StepCost:

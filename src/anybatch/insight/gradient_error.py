@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -47,14 +47,6 @@ STRAIGHT = 0.95  # cosine from which there is little bias to remove
 class GradientError:
     """Errors of a method's gradient, relative to the length of the full-data gradient, with standard errors.
 
-    Attributes:
-        bias, bias_se: Of the mean over batches. 0 where the noise hides it.
-        noise, noise_se: Of one batch around that mean.
-        cosine, cosine_se: Of the mean over batches with the full-data gradient.
-        epoch_error, epoch_error_se: Of an epoch's batches together, at the best learning rate; 1 is no better than no
-            gradient at all.
-        num_batches: Batches measured.
-
     Example:
         >>> from anybatch.losses import InfoNCE
         >>> embeddings = np.random.default_rng(0).normal(size=(2, 64, 8))
@@ -67,15 +59,15 @@ class GradientError:
         (True, True)
     """
 
-    bias: float
+    bias: float  # of the mean over batches; 0 where the noise hides it
     bias_se: float
-    noise: float
+    noise: float  # of one batch around that mean
     noise_se: float
-    epoch_error: float
+    epoch_error: float  # of an epoch's batches together, at the best learning rate; 1 is no better than no gradient
     epoch_error_se: float
-    cosine: float
+    cosine: float  # of the mean over batches with the full-data gradient
     cosine_se: float
-    num_batches: int
+    num_batches: int  # measured
 
     @property
     def bias_to_remove(self) -> bool:
@@ -83,17 +75,9 @@ class GradientError:
         return not self.cosine + 2 * self.cosine_se >= STRAIGHT  # NaN, where noise hides the mean, counts as elsewhere
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class FrozenPairs:
     """Embeddings of n pairs that stand still while gradients are compared, and the full-data gradient of InfoNCE.
-
-    Attributes:
-        anchors, positives: (n, D) float32 or float64, unit rows.
-        anchor_id, positive_id: (n,) int64; equal for identical texts, which are never negatives of each other.
-        temperature, direction, suspects: Of the full-data objective, see `prepare`.
-        tied: Whether one map is shared by both sides, as where one encoder embeds both.
-        full: (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and
-            of one group where all anchors were taken: then they are exact.
 
     Example:
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
@@ -101,14 +85,16 @@ class FrozenPairs:
         (2, 1, 64)
     """
 
-    anchors: Tensor
+    anchors: Tensor  # (n, D) float32 or float64, unit rows
     positives: Tensor
-    anchor_id: Tensor
+    anchor_id: Tensor  # (n,) int64; equal for identical texts, which are never negatives of each other
     positive_id: Tensor
-    temperature: float
+    temperature: float  # of the full-data objective, as direction and suspects
     direction: Direction
-    tied: bool
+    tied: bool  # whether one map is shared by both sides, as where one encoder embeds both
     suspects: np.ndarray | None
+    # (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and of one
+    # group where all anchors were taken: then they are exact.
     full: Tensor
 
     @classmethod
@@ -129,10 +115,8 @@ class FrozenPairs:
         """Normalise, and take the gradient over all data.
 
         Args:
-            anchors, positives: (n, D) float; rows need not be of unit length. float64 is kept, all else becomes
-                float32.
-            temperature: Similarities are divided by it.
-            direction: "one_way", or "both" for the mean of both directions' losses.
+            anchors, positives: (n, D) float, of any length; all but float64 becomes float32.
+            temperature, direction: Of the loss; "both" is the mean of both directions' losses.
             tied: See above.
             anchor_id, positive_id: (n,) int; None: all texts differ.
             suspects: (p, 2) int of a plan, where the loss masks them: no negatives in its objective either.
@@ -174,17 +158,7 @@ class FrozenPairs:
             size = max(1, num_anchors // (2 * GROUPS))
             halves = [generator.choice(num_rows, (GROUPS, size), replace=False) for _ in range(2)]
             full = torch.stack([torch.stack([gradient(torch.from_numpy(rows)) for rows in half]) for half in halves])
-        return cls(
-            anchors=sides[0],
-            positives=sides[1],
-            anchor_id=ids[0],
-            positive_id=ids[1],
-            temperature=temperature,
-            direction=direction,
-            tied=tied,
-            suspects=suspects,
-            full=full,
-        )
+        return cls(sides[0], sides[1], ids[0], ids[1], temperature, direction, tied, suspects, full)
 
     def __len__(self) -> int:
         return len(self.anchors)
@@ -242,7 +216,8 @@ def gradient_error(
     counts = torch.bincount(torch.arange(num_batches) * groups // num_batches).double()
     for shift in (0, 1):
         copied = copy.deepcopy(loss).train()
-        batches = _batches(replace(plan, seed=plan.seed + shift))
+        reseeded = replace(plan, seed=plan.seed + shift)
+        batches = (torch.from_numpy(batch) for epoch in itertools.count() for batch in reseeded.epoch_batches(epoch))
         for batch in itertools.islice(batches, run_in * plan.num_batches):
             _batch_gradient(pairs, copied, batch, table, negatives)  # for what the loss remembers
         sums = torch.zeros(groups, pairs.full[0].shape[1], dtype=pairs.anchors.dtype)
@@ -255,31 +230,20 @@ def gradient_error(
     return _summarise(halves, squares, counts, pairs.full, plan.num_batches)
 
 
-def _table(pairs: FrozenPairs, plan: BatchPlan, **settings: Any) -> tuple[RowTable, Tensor | None]:
-    """Look-up of ids and weights, and the (n, h) rows of the plan's hard negatives."""
+def _table(pairs: FrozenPairs, plan: BatchPlan, **settings: Any) -> tuple[RowTable, Tensor]:
+    """Look-up of ids and weights, and the (n, h) rows of the plan's hard negatives, -1 where one is missing."""
     ids = pairs.anchor_id.numpy(), pairs.positive_id.numpy()
-    if plan.negatives is None or not plan.negatives_per_row:
-        return RowTable(*ids, plan=plan, **settings), None
-    rows = plan.negatives.astype(np.int64)  # -1 where one is missing
-    negative_id = np.where(rows < 0, -1, ids[1][rows])
+    rows = np.empty((plan.num_rows, 0), np.int64) if plan.negatives is None else plan.negatives.astype(np.int64)
+    negative_id = np.where(rows < 0, -1, ids[1][rows]) if rows.shape[1] else None
     return RowTable(*ids, negative_id=negative_id, plan=plan, **settings), torch.from_numpy(rows)
 
 
-def _batches(plan: BatchPlan) -> Iterator[Tensor]:
-    """Epoch after epoch."""
-    for epoch in itertools.count():
-        yield from torch.from_numpy(plan.epoch_batches(epoch))
-
-
-def _batch_gradient(
-    pairs: FrozenPairs, loss: nn.Module, batch: Tensor, table: RowTable, negatives: Tensor | None
-) -> Tensor:
+def _batch_gradient(pairs: FrozenPairs, loss: nn.Module, batch: Tensor, table: RowTable, negatives: Tensor) -> Tensor:
     """(P,) the gradient of the loss of one batch; `negatives` (n, h) rows whose positives are candidates too."""
-    per_row = 0 if negatives is None else negatives.shape[1]
-    explicit = batch[:0] if negatives is None else negatives[batch].T.reshape(-1)
+    explicit = negatives[batch].T.reshape(-1)
     rows = torch.cat([batch, explicit[explicit >= 0]])
     leaves = pairs.anchors[batch].requires_grad_(), pairs.positives[rows].requires_grad_()
-    value = loss(*leaves, **table.arguments(batch, num_negatives=per_row))
+    value = loss(*leaves, **table.arguments(batch, num_negatives=negatives.shape[1]))
     gradients = torch.autograd.grad(value, leaves)
     return _parameters([in_map(*pair) for pair in zip(gradients, leaves, strict=True)], pairs.tied)
 

@@ -55,27 +55,17 @@ MUCH_EQUAL, MUCH_CUT, MUCH_MEMORY = 0.1, 0.1, 0.8
 
 @dataclass(kw_only=True)
 class Recommendation:
-    """What `recommend` found.
+    """What `recommend` found."""
 
-    Attributes:
-        config: The run's configuration with the recipe in it.
-        choices: Each with its reason.
-        figures: What was measured, with pass marks.
-        against: What the measurements say against the choices, in sentences.
-        notes: What they rest on.
-        step: What a step costs.
-        num_steps, step_seconds, run_seconds: Of the whole run; embedding and evaluation are in `run_seconds`.
-    """
-
-    config: RunConfig
+    config: RunConfig  # with the recipe in it
     step: StepCost
     choices: list[Choice]
     figures: list[Figure] = field(default_factory=list)
-    against: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    against: list[str] = field(default_factory=list)  # what the figures say against the choices, in sentences
+    notes: list[str] = field(default_factory=list)  # what the figures rest on
     num_steps: int = 0
     step_seconds: float = 0.0
-    run_seconds: float = 0.0
+    run_seconds: float = 0.0  # with embedding and evaluation
 
 
 def recommend(

@@ -29,28 +29,18 @@ SHARE = 0.8  # of the time that steps leave is for embedding; the rest is for gr
 
 
 class Looked(NamedTuple):
-    """A sample of rows, ascending, embedded.
-
-    Attributes:
-        rows: Their numbers.
-        vectors, ranked: Both sides by the student and, where mining asks one, by the teacher.
-        rates: Sides per second of each model, of whole texts.
-        cut: Tokens at which the texts were cut; None of whole ones.
-        wanted, most: Rows from which figures tell much, and that are looked at at most.
-        seconds_needed, seconds_whole, seconds_most: To ask for, for the wanted ones, for their whole texts, and for
-            whole texts of the most.
-    """
+    """A sample of rows, ascending, embedded."""
 
     rows: np.ndarray
-    vectors: tuple[np.ndarray, ...]
-    ranked: tuple[np.ndarray, ...] | None
-    rates: list[float]
-    cut: int | None
-    wanted: int
-    most: int
-    seconds_needed: int
-    seconds_whole: int
-    seconds_most: int
+    vectors: tuple[np.ndarray, ...]  # both sides by the student
+    ranked: tuple[np.ndarray, ...] | None  # by the teacher, where mining asks one
+    rates: list[float]  # sides per second of each model, of whole texts
+    cut: int | None  # tokens at which the texts were cut; None of whole ones
+    wanted: int  # rows from which figures tell much
+    most: int  # rows that are looked at at most
+    seconds_needed: int  # to ask for, for the wanted rows
+    seconds_whole: int  # for whole texts of them
+    seconds_most: int  # for whole texts of the most rows
 
 
 def look_at(

@@ -18,13 +18,6 @@ VERDICTS = {True: "good", False: "not good", None: "within noise"}
 class Figure:
     """What was measured, what is good, and why.
 
-    Attributes:
-        name, value: As they are shown.
-        good: The pass mark, in words.
-        passed: Whether the value meets it; None where noise hides it.
-        why: What the figure is, and what follows where it is not good.
-        beside: What it is compared with, such as the same figure of random batches.
-
     Example:
         >>> Figure(name="own positive first", value="54%", good="40% or more", passed=True, why="...").verdict
         'good'
@@ -32,10 +25,10 @@ class Figure:
 
     name: str
     value: str
-    good: str
-    passed: bool | None
-    why: str
-    beside: str = ""
+    good: str  # the pass mark, in words
+    passed: bool | None  # whether the value meets it; None where noise hides it
+    why: str  # what the figure is, and what follows where it is not good
+    beside: str = ""  # what it is compared with, such as the same figure of random batches
 
     @property
     def verdict(self) -> str:

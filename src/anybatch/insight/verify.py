@@ -20,25 +20,19 @@ from anybatch.core.errors import AnybatchError
 class Verification:
     """The two gradients of one batch, compared.
 
-    Attributes:
-        error: Norm of the difference of all gradients over the norm of the plain gradient.
-        tolerance: What rounding allows in the coarsest dtype that took part, autocast's included.
-        errors: The same for every parameter, by name: over its own norm, or a thousandth of that of all where its own
-            is less (some gradients, such as that of a key's bias, are zero but for rounding).
-        loss_error: Relative difference of the two losses.
-        findings: What stands in the way of exactness, in sentences; empty where nothing was found.
-
     Example:
         >>> from anybatch import InfoNCE
         >>> verify(nn.Linear(6, 4), [torch.randn(8, 6), torch.randn(8, 6)], InfoNCE()).exact
         True
     """
 
-    error: float
-    tolerance: float
+    error: float  # norm of the difference of all gradients over the norm of the plain gradient
+    tolerance: float  # what rounding allows in the coarsest dtype that took part, autocast's included
+    # The error of every parameter, by name: over its own norm, or a thousandth of that of all where its own is less
+    # (some gradients, such as that of a key's bias, are zero but for rounding).
     errors: dict[str, float]
-    loss_error: float
-    findings: tuple[str, ...]
+    loss_error: float  # relative difference of the two losses
+    findings: tuple[str, ...]  # what stands in the way of exactness, in sentences
 
     @classmethod
     def refused(cls, reason: str) -> Verification:

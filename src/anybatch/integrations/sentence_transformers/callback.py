@@ -228,8 +228,7 @@ def last_whole_checkpoint(folder: str | Path, *, run: str | None = None) -> Path
 
 
 def _check_checkpoint(folder: Path) -> None:
-    flaw = flaw_of(folder)
-    if flaw is not None:
+    if (flaw := flaw_of(folder)) is not None:
         raise AnybatchError(
             f"{folder} {flaw}. It cannot be trusted (LossStateCallback leaves that list); give an older checkpoint."
         )

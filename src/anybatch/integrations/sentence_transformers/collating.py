@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -109,15 +110,18 @@ class UndecodedRows:
         self.device = torch.device(device)
         return self
 
-    def on_demand(self, model: Any, form: Mapping[str, Any]) -> RowsOnDemand:
-        """The rows as the cached step takes them; `form` goes with them, see `RowsOnDemand`."""
 
-        def make(values: list[Any]) -> dict[str, Any]:
-            return preprocess_rows(model, values, **self.settings)
-
-        lengths, patches = lengths_of_rows(model, self.values, self.settings)
-        device = self.device or next((parameter.device for parameter in model.parameters()), None)
-        return RowsOnDemand(self.values, make, lengths=lengths, patches=patches, form=form, device=device)
+def rows_on_demand(model: Any, column: dict[str, Any]) -> Any:
+    """A column of a batch as the cached step takes it: undecoded images are made mini-batch by mini-batch."""
+    undecoded = column.get(PIXELS)
+    if not isinstance(undecoded, UndecodedRows):
+        return column
+    values, settings = undecoded.values, undecoded.settings
+    lengths, patches = lengths_of_rows(model, values, settings)
+    device = undecoded.device or next((parameter.device for parameter in model.parameters()), None)
+    form = {key: value for key, value in column.items() if key != PIXELS}
+    make = partial(preprocess_rows, model, **settings)
+    return RowsOnDemand(values, make, lengths=lengths, patches=patches, form=form, device=device)
 
 
 def preprocess_rows(model: Any, values: Sequence[Any], **settings: Any) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from anybatch.caching.encoder import modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
-from anybatch.caching.pieces import PIXELS
 from anybatch.caching.recording import Auto, record_towers
 from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
 from anybatch.core.errors import AnybatchError
-from anybatch.integrations.sentence_transformers.collating import UndecodedRows
+from anybatch.integrations.sentence_transformers.collating import rows_on_demand
 from anybatch.integrations.sentence_transformers.sets import num_rows_of, row_numbers
 from anybatch.losses import InfoNCE, Matryoshka
 from anybatch.losses.base import ContrastiveLoss
@@ -94,13 +93,6 @@ class CachedLoss(nn.Module):
         self.memory = StepMemory(memory)
         self._looked = False  # whether the Trainer saves the state, in the first step
 
-    def _rows(self, column: dict[str, Any]) -> Any:
-        """What the cached step takes of a column."""
-        undecoded = column.get(PIXELS)
-        if not isinstance(undecoded, UndecodedRows):
-            return column
-        return undecoded.on_demand(self.model, {key: value for key, value in column.items() if key != PIXELS})
-
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
         """The loss of what the encoders returned; where gradients are on, detached, its gradient left in the leaves."""
         return self.calculate_loss([[embeddings] for (embeddings,) in leaves], labels, with_backward=True)
@@ -124,10 +116,9 @@ class CachedLoss(nn.Module):
             labels = row_numbers(labels, features, num_rows_of(self.loss, self.rows))
 
         # 2. Forward passes, mini-batch by mini-batch; images are decoded as they are taken.
-        features = [self._rows(column) for column in features]
         recordings = record_towers(
             [self.encode] * len(features),
-            features,
+            [rows_on_demand(self.model, column) for column in features],
             mini_batch_size=self.mini_batch_size,
             max_tokens=self.max_tokens,
             keep_graphs=self.keep_graphs,
@@ -160,17 +151,6 @@ class CachedLoss(nn.Module):
         value.register_hook(second_half)
         return value
 
-    def _arguments(self, labels: Tensor | None, device: torch.device, num_candidates: int) -> dict[str, Any]:
-        """What the loss is told of the batch's rows. Rows of an evaluation set are not in the table."""
-        if labels is None and self.rows is not None:
-            raise AnybatchError(
-                "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
-            )
-        if labels is None:
-            return {}
-        index = labels.to(device, torch.int64)
-        return {"index": index} if self.rows is None else self.rows.arguments(index, num_candidates=num_candidates)
-
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of this loss."""
         temperature = getattr(self.loss, "temperature", None)
@@ -196,7 +176,16 @@ class CachedLoss(nn.Module):
         if not torch.is_grad_enabled():  # row numbers of an evaluation set mean nothing to the memory or to the table
             plain = InfoNCE(temperature=float(getattr(self.loss, "temperature", 0.05)), normalize=True)
             return plain(anchors, candidates)
-        arguments = self._arguments(labels, anchors.device, len(candidates))
+        arguments: dict[str, Any] = {}
+        if labels is not None:
+            index = labels.to(anchors.device, torch.int64)
+            arguments = {"index": index}
+            if self.rows is not None:
+                arguments = self.rows.arguments(index, num_candidates=len(candidates))
+        elif self.rows is not None:
+            raise AnybatchError(
+                "Row numbers are missing: add them as the column 'label' with with_index(dataset) before training."
+            )
         with without_autocast():  # the embeddings are float32 or better, and so is all that the loss does with them
             value = self.loss(anchors, candidates, **arguments)
             if with_backward:

@@ -122,10 +122,10 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
     try:
         with torch.random.fork_rng(devices=()):  # weights that the files lack are drawn, the same ones at every load
             torch.default_generator.manual_seed(0)
-            own = small_resnet(config.name)
+            built_in = small_resnet(config.name)
             model = SentenceTransformer(
-                None if own is not None else config.name,
-                modules=None if own is None else [own],
+                config.name if built_in is None else None,
+                modules=None if built_in is None else [built_in],
                 device=config.device,
                 model_kwargs=kwargs,
                 processor_kwargs=dict(of_processor),
@@ -140,7 +140,7 @@ def load_model(config: ModelConfig) -> SentenceTransformer:
             "folder of a sentence-transformers model with whole files, or a hub name that this machine can reach."
         ) from error
 
-    if own is not None and config.kwargs:
+    if built_in is not None and config.kwargs:
         raise AnybatchError(f"kwargs are given, for the loader of transformers, which {config.name} has none of.")
 
     # 2. What the configuration changes in it.
@@ -223,9 +223,8 @@ def side_task(model: SentenceTransformer, side: Side | None) -> str | None:
     if not routers:
         return side
     tasks = {*routers[0].sub_modules, *(task for task, _ in routers[0].route_mappings if task)}
-    by_modality = {"text", "image", "audio", "video", "message"} & tasks or any(
-        not task for task, _ in routers[0].route_mappings
-    )
+    untold = any(not task for task, _ in routers[0].route_mappings)
+    by_modality = untold or {"text", "image", "audio", "video", "message"} & tasks
     task = next((name for name in NAMES[side] if name in tasks), side if by_modality else None)
     if task is None:
         raise AnybatchError(
@@ -265,9 +264,8 @@ def _input_modules(model: SentenceTransformer) -> list[Any]:
     from sentence_transformers.base.modules import Router
 
     first: Any = model[0]
-    return (
-        [next(iter(route.children())) for route in first.sub_modules.values()] if isinstance(first, Router) else [first]
-    )
+    routes = first.sub_modules.values() if isinstance(first, Router) else ()
+    return [next(iter(route.children())) for route in routes] or [first]
 
 
 def _set_length(model: SentenceTransformer, max_length: int, name: str) -> None:
@@ -311,12 +309,8 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
     backbone: Any = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
     config: Any = getattr(backbone, "config", None)
     total: int = getattr(config, "num_hidden_layers", None) or 0
-    stacks = [
-        (parent, name)
-        for parent in (backbone.modules() if total else ())
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total
-    ]
+    named = backbone.named_modules() if total else ()
+    stacks = [(name, part) for name, part in named if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(stacks) != 1:
         raise AnybatchError(
             "model.num_layers needs a transformer with one list of 'num_hidden_layers' layers; this model has "
@@ -324,6 +318,6 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
         )
     if not 1 <= num_layers <= total:
         raise AnybatchError(f"model.num_layers is {num_layers}; expected 1 to {total}, the layers of this model.")
-    parent, name = stacks[0]
-    setattr(parent, name, getattr(parent, name)[:num_layers])
+    name, layers = stacks[0]
+    backbone.set_submodule(name, layers[:num_layers])
     config.num_hidden_layers = num_layers

@@ -208,7 +208,8 @@ class Trainer(SentenceTransformerTrainer):
         cached = cached_in(loss)
         if cached is not None and not self._numbered:
             remembers = any(getattr(part, "needs_index", False) for part in cached.loss.modules())
-            if remembers and any(map(_has_no_numbers, by_name(self.train_dataset).values())):
+            streams = [part for part in by_name(self.train_dataset).values() if isinstance(part, IterableDataset)]
+            if remembers and not all("label" in (part.column_names or ()) for part in streams):
                 raise AnybatchError(
                     f"{type(cached.loss).__name__} remembers rows by their numbers, and a stream has none. Give a "
                     "Dataset, a loss without a memory, such as InfoNCE(temperature=0.05), or a stream that yields each "
@@ -279,10 +280,6 @@ class Trainer(SentenceTransformerTrainer):
 def _is_function(loss: Any) -> bool:
     """Of the model, that makes the loss."""
     return loss is not None and not isinstance(loss, nn.Module)
-
-
-def _has_no_numbers(dataset: Any) -> bool:
-    return isinstance(dataset, IterableDataset) and "label" not in (dataset.column_names or ())
 
 
 def _say_roles(columns: Mapping[str, list[str]]) -> None:

@@ -80,7 +80,12 @@ class TwoViewLoss(CachedLoss):
             )
         views = [view_keys(labels, seed=self.seed, step=self.step, view=view) for view in range(2 * len(features))]
         keys = [torch.stack(pair, dim=1) for pair in zip(views[::2], views[1::2])]
-        return [{**column, KEYS: of_rows[: _count(column[PIXELS])]} for column, of_rows in zip(features, keys)]
+        prepared = []
+        for column, of_rows in zip(features, keys):
+            pixels = column[PIXELS]
+            count = len(pixels.values if isinstance(pixels, UndecodedRows) else pixels)  # fewer negatives than rows
+            prepared.append({**column, KEYS: of_rows[:count]})
+        return prepared
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -102,11 +107,6 @@ class TwoViewLoss(CachedLoss):
 
     def _value(self, leaves: list[tuple[Tensor, ...]], labels: Tensor | None) -> Tensor:
         return self.calculate_loss([[view] for of_column in leaves for view in of_column], labels, with_backward=True)
-
-
-def _count(pixels: Tensor | UndecodedRows) -> int:
-    """Rows of a column: those of the batch, or of explicit negatives as many as there are."""
-    return len(pixels.values if isinstance(pixels, UndecodedRows) else pixels)
 
 
 def pixel_scale(model: nn.Module) -> tuple[Tensor, Tensor]:
