@@ -43,9 +43,8 @@ class GraphBudget:
         keep if in use + reserve + leaves + spent + predicted + largest (a replay's working set) <= memory
 
     Args:
-        memory: As in `StepMemory`, of `device`.
         reserve: Bytes for what comes later in the step (gradients of the parameters, the loss's tiles).
-        num_rows: Rows of the whole step, all towers together, whose embeddings need `leaves` bytes (`leaf_bytes`).
+        num_rows: Rows of the whole step, all towers together, whose embeddings need `leaves` bytes.
         most: The most bytes of kept graphs, where an earlier step has shown it.
         modules: Their parameters and buffers are there anyway and are not counted.
     """

@@ -33,11 +33,8 @@ def colour_of(method: str) -> str:
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
-    """Horizontal bars, one a line, each with its label above it.
-
-    Args:
-        title: For screen readers.
-        bars: Label, method (which decides the colour) and value of each.
+    """Horizontal bars, one a line: label, method (which decides the colour) and value of each. `title`: for screen
+    readers.
     """
     height = BAR * len(bars) + 8
     scale = (WIDTH - 110) / (max(value for _, _, value in bars) or 1.0)
@@ -55,13 +52,8 @@ def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
 def error_chart(
     title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[int, float]], *, error: float
 ) -> str:
-    """Lines over a few numbers at equal distances, such as batch sizes, with an error bar at every point.
-
-    Args:
-        title: For screen readers.
-        x_title, y_title: What the axes are.
-        series: For each method the value at each number.
-        error: Of every value; the bars go from one below to one above.
+    """For each method a line over a few numbers at equal distances, such as batch sizes; at every point a bar from one
+    `error` below to one above.
     """
     numbers = sorted({number for points in series.values() for number in points})
     values = [value for points in series.values() for value in points.values()]

@@ -33,12 +33,8 @@ class StepCost:
 
 
 def step_cost(config: RunConfig, pairs: PairData, model: SentenceTransformer, *, seconds: float) -> StepCost:
-    """Take a few training steps on random rows, with the state of an optimiser that changes nothing.
-
-    Args:
-        config, pairs, model: Of the run, its recipe settled; the model is left as it is.
-        seconds: To spend, about. Where a batch would take too long, steps are taken on a half of it, a quarter and so
-            on.
+    """Take a few training steps of a run whose recipe is settled on random rows, with the state of an optimiser that
+    changes nothing. Where a batch would take too long, steps are taken on a half of it, a quarter and so on.
     """
     device, random = model.device, np.random.default_rng(config.seed)
     batch_size = config.batch_size

@@ -25,20 +25,14 @@ from anybatch.vision.views import KEYS, both_ways
 def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     """One small batch of the run both ways, plain and cached: the errors of every parameter, and what is in the way.
 
-    The model trains (dropout on) in the precision of the run, on rows of each kind that its data have, under its loss.
-    Nothing is written.
-
-    Args:
-        config: The run. Of `config.train`, `mini_batch_size` (at most a quarter of the rows) and `args.bf16` are used.
-        num_rows: Rows of the batch.
-
-    Returns:
-        The comparison. A BatchNorm, which the cached step refuses, is one of its findings; then there are no errors.
+    The model trains (dropout on) in the precision of the run, on `num_rows` rows of each kind that its data have, under
+    its loss; a mini-batch is at most a quarter of them. Nothing is written. What the cached step refuses, such as a
+    BatchNorm, is a finding.
 
     Raises:
         AnybatchError: Data or model cannot be read; fewer than 8 rows asked for.
 
-    Cost: two training steps on `num_rows` rows.
+    Cost: two training steps.
     """
     if num_rows < 8:
         raise AnybatchError(

@@ -60,12 +60,8 @@ def plan_warnings(
     *,
     mask_suspects: bool = False,
 ) -> list[str]:
-    """What these figures advise against, in words.
-
-    Args:
-        plan, seen: The plan, and what was measured of it or of one of its data sets.
-        gradients: Of the plan's loss, the last of the methods compared.
-        mask_suspects: Whether the loss masks suspects already.
+    """What was measured of a plan (or of one of its data sets) advises against, in words; so do the gradients of its
+    loss, the last of the methods compared.
     """
     found = []
     loss = "" if gradients is None else gradients.order[-1]

@@ -34,18 +34,13 @@ def render_plan_page(
     pairs: PairData | None = None,
     missing: Sequence[str] = (),
 ) -> str:
-    """The page as text.
+    """The page as text, all of it escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
 
     Args:
-        plan: The plan.
-        title: Heading, such as its path.
         tables: Figures by the heading they stand under.
-        warnings: In words.
         inspections: What `inspect_plan` measured, by data set; without, the pairs that mining suspects are listed.
         pairs: The data, for its texts and images; None shows row numbers.
         missing: What could not be shown and which option gives it, in words.
-
-    All texts are escaped. Images are shown small, re-encoded, `IMAGE_CHARACTERS` in all at most.
     """
     texts = Texts(pairs)
     suspects = {name: suspect_lines(seen, texts) for name, seen in inspections.items()}

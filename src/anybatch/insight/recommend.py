@@ -74,10 +74,8 @@ def recommend(
     """Look at data, models and machine of a run that is not begun; nothing is written.
 
     Args:
-        config: The run.
-        keep_batch_size: Whether its batch size is settled.
+        config, keep_batch_size: The run, and whether its batch size is settled.
         seconds: To spend, about, once data and models are loaded: with more of them more rows are looked at.
-        progress: Told of the stages.
 
     Raises:
         AnybatchError: What training would refuse of data and models; a plan, or images without labels (`data.views`).

@@ -74,8 +74,7 @@ def verify(
         loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
 
     Returns:
-        The comparison; print it. What `cached_step` refuses (rows that see each other, a replay that differs) is its
-        finding; then there are no errors.
+        The comparison. What `cached_step` refuses (rows that see each other, a replay that differs) is its finding.
 
     Raises:
         AnybatchError: Every tower fits in one mini-batch (the comparison would prove nothing), or batch statistics.

@@ -21,14 +21,13 @@ Key = TypeVar("Key")
 def train_all(
     runs: Mapping[Key, RunConfig], *, stage: str, progress: Progress = no_progress, new_processes: bool = False
 ) -> dict[Key, RunResult]:
-    """The result of `job.train` for each run, in the runs' order.
+    """The result of `job.train` for each run, by any key, in the runs' order.
 
     Whatever ends this ends the processes: an error, Ctrl-C, a signal that is raised as an exception.
 
     Args:
-        runs: By any key; begun in this order.
-        stage: What `progress` calls them; it counts the runs that are done.
-        progress: Called after each run.
+        runs: Begun in this order.
+        stage: What `progress`, called after each run, calls them.
         new_processes: Each run in a new process, so that its peak of memory is its own; else a process goes on with the
             next, which saves the seconds of its start.
 

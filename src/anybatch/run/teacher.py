@@ -61,25 +61,14 @@ def teacher_embeddings(
 
 def load_teacher(config: RunConfig) -> SentenceTransformer:
     """The model that ranks the data."""
-    teacher = config.teacher
-    return load_model(
-        ModelConfig(
-            name=teacher.name,
-            max_length=teacher.max_length,
-            anchor_prompt=teacher.anchor_prompt,
-            positive_prompt=teacher.positive_prompt,
-            kwargs=teacher.kwargs,
-            device=config.model.device,
-        )
-    )
+    shared = ("name", "max_length", "anchor_prompt", "positive_prompt", "kwargs")
+    settings = {name: getattr(config.teacher, name) for name in shared}
+    return load_model(ModelConfig(**settings, device=config.model.device))
 
 
 def read_embeddings(path: str, num_rows: int) -> np.ndarray:
-    """Precomputed embeddings, memory-mapped; in memory where the file has another byte order than this machine.
-
-    Args:
-        path: A `.npy` file, (rows, dimensions) of floats of any width and byte order.
-        num_rows: Rows of the data, which must be the file's.
+    """The embeddings of a `.npy` file, (num_rows, dimensions) floats of any width and byte order, memory-mapped (in
+    memory where the byte order is not this machine's).
 
     Raises:
         AnybatchError: No such file, no array, or another shape; a file that this library made and that is damaged.

@@ -93,13 +93,8 @@ class NamedClasses:
 def prompts_of(
     classes: Sequence[str], templates: Sequence[str], names: Mapping[Any, Any] | None = None
 ) -> dict[str, list[str]]:
-    """Each class's name in each template, in place of its "{}".
-
-    Args:
-        classes: The labels.
-        templates: At least one.
-        names: Of the labels, for those that are none themselves (n02077923); None: a label is the name, its underscores
-            are spaces.
+    """Each class's name in each template, in place of its "{}". `names` are those of labels that are none themselves
+    (n02077923); None: a label is the name, its underscores are spaces.
 
     Raises:
         AnybatchError: No templates, or one without "{}"; a class without a name.

@@ -13,11 +13,8 @@ if TYPE_CHECKING:
 
 
 def add_lora(model: SentenceTransformer, settings: dict[str, Any]) -> None:
-    """Add adapters to the transformer of `model`, in place: it is frozen, they are trained.
-
-    Args:
-        model: Its other modules (a projection, say) stay as they are, trained.
-        settings: Of peft's `LoraConfig`. The adapters begin with the same weights at every call.
+    """Add adapters with these settings of peft's `LoraConfig` to the transformer of `model`, in place: it is frozen,
+    they are trained, as its other modules are (a projection, say). They begin with the same weights at every call.
 
     Raises:
         AnybatchError: What peft does not accept, or finds no layers for.

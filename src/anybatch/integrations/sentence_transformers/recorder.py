@@ -106,12 +106,8 @@ class StopAfterStep(TrainerCallback):
 
 
 class EvaluatedTrainer(Trainer):
-    """The Trainer of a run: evaluations are the run's own figures, and training stops where they rise no more.
-
-    Args:
-        arguments, options: As for `Trainer`.
-        figures: Of the model, on the held-out data; None to evaluate nothing.
-        patience: Evaluations without a better figure (`args.metric_for_best_model`) after which training stops.
+    """The Trainer of a run: evaluations are the run's own `figures` of the model (None to evaluate nothing), and
+    training stops after `patience` of them without a better figure (`args.metric_for_best_model`).
     """
 
     def __init__(

@@ -115,9 +115,8 @@ def train_model(
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here. Images
             are decoded mini-batch by mini-batch.
         plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
-        config: See `TrainConfig`.
         output: Folder of the run; must exist, without checkpoints or a log of another.
-        seed: Dropout and the like. The batches follow the plan's own seed.
+        seed: Of dropout and the like. The batches follow the plan's own seed.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
         progress: Called after every step with (steps done, steps in all, latest figures).
