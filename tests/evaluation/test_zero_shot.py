@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from anybatch.core.errors import AnybatchError
-from anybatch.evaluation.candidates import hit_at_1
-from anybatch.evaluation.zero_shot import two_way_recall, zero_shot_metrics
+from anybatch.evaluation.zero_shot import hit_at_1, two_way_recall, zero_shot_metrics
 
 
 def unit(seed: int, *shape: int) -> np.ndarray:

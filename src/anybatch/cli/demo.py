@@ -47,9 +47,7 @@ def command(
 
     Offline, minutes on two cores: a figure, an HTML page, the models.
     """
-    from anybatch.core.configuration import from_mapping
     from anybatch.data import sample
-    from anybatch.run.config import RunConfig
     from anybatch.run.side_by_side import train_all
 
     # 1. A folder, the data, and a model that serves as teacher and shows what a large batch needs.
@@ -71,7 +69,7 @@ def command(
 
         # 4. Train.
         save_students(folder / "students")
-        runs = {cell: from_mapping(RunConfig, settings(folder, *cell)) for cell in cells}
+        runs = {cell: _run(settings(folder, *cell)) for cell in cells}
         results = train_all(runs, stage="training runs", progress=bars)
         for checkpoints in (folder / "runs").glob("*/checkpoints"):  # three times as large as the models
             shutil.rmtree(checkpoints)
@@ -104,6 +102,13 @@ def settings(folder: Path, name: str, size: int, seed: int) -> dict[str, Any]:
     }
 
 
+def _run(settings: dict[str, Any]) -> RunConfig:
+    from anybatch.core.configuration import from_mapping
+    from anybatch.run.config import RunConfig
+
+    return from_mapping(RunConfig, settings)
+
+
 def _data(limit: int) -> dict[str, Any]:
     from anybatch.data import sample
 
@@ -112,9 +117,6 @@ def _data(limit: int) -> dict[str, Any]:
 
 def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     """One step of the transformer's first layer on one large batch: all at once, and a few rows at a time."""
-    from anybatch.core.configuration import from_mapping
-    from anybatch.run.config import RunConfig
-
     size = SIZES[-1]
     shared = settings(folder, "InfoNCE", size, SEEDS[0]) | {"data": _data(size), "evaluation": {"path": None}}
     shared["model"] = {"name": transformer, "num_layers": 1, "max_length": 32, "device": "cpu"}
@@ -122,7 +124,7 @@ def _memory_runs(folder: Path, transformer: str) -> dict[str, RunConfig]:
     runs = {}
     for way, changes in ways.items():
         train = shared["train"] | {"args": {"max_steps": 1}} | changes
-        runs[way] = from_mapping(RunConfig, shared | {"output": folder / way.replace(" ", "-"), "train": train})
+        runs[way] = _run(shared | {"output": folder / way.replace(" ", "-"), "train": train})
     return runs
 
 
@@ -150,16 +152,14 @@ def save_students(folder: Path) -> None:
 
 def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     """Mine the batches of some pairs as `anybatch mine` does: the plan, what the teacher says of it, the pairs."""
-    from anybatch.core.configuration import from_mapping
     from anybatch.mining.inspection import inspect_plan
-    from anybatch.run.config import RunConfig
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import make_plan
     from anybatch.run.read_data import read_training_pairs
     from anybatch.run.teacher import teacher_embeddings
 
     settings = {"output": folder, "data": _data(MINED), "teacher": {"name": teacher, "max_length": 32}}
-    config = from_mapping(RunConfig, settings | {"model": {"device": "cpu"}, "mining": {"method": "anybatch"}})
+    config = _run(settings | {"model": {"device": "cpu"}, "mining": {"method": "anybatch"}})
     pairs = read_training_pairs(config)
     with open_run(config):
         plan = make_plan(config, pairs, bars)

@@ -144,7 +144,7 @@ def _held_out(given: EvaluateOptions) -> HeldOut | None:
     from anybatch.data.retrieval import find_retrieval, read_retrieval
     from anybatch.run.evaluate_model import columns_of, held_out_of, model_of
     from anybatch.run.read_data import read_candidate_sets
-    from anybatch.vision.mmeb import TASKS
+    from anybatch.vision.mmeb import TARGET_PROMPTS
     from anybatch.vision.read_images import LabelledImages, NamedClasses, prompts_of, read_images
 
     # 1. The kind, and its options.
@@ -183,7 +183,7 @@ def _held_out(given: EvaluateOptions) -> HeldOut | None:
             images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
         )
     if tasks:
-        prompts = {name: task.target_prompt for name, task in TASKS.items()} if "recipe" in options else {}
+        prompts = TARGET_PROMPTS if "recipe" in options else {}
         return read_candidate_sets(tasks, options.get("images"), prompts=prompts)
     if run is not None and not {"anchor", "positive"} & options.keys():
         options |= columns_of(run, options["data"], options.get("quoting"))

@@ -6,9 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -74,52 +72,33 @@ class Messages(logging.Handler):
             say(text)
 
 
-class Bars(AbstractContextManager["Bars"]):
+class Bars(Progress):
     """A `Progress` of a run: call it with (stage, done, total, figures). `quiet` shows nothing: one rank speaks."""
 
-    def __init__(self, prefix: str = "", *, quiet: bool = False) -> None:
-        self.prefix = prefix
+    def __init__(self, *, quiet: bool = False) -> None:
+        figures = TextColumn("{task.fields[figures]}")
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), *times, figures
+        super().__init__(*columns, console=console, disable=quiet or not console.is_terminal)
         self.quiet = quiet
-        self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
         self._begun: dict[str, tuple[float, int]] = {}
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int, figures: dict[str, float] | None = None) -> None:
         """Move the stage's bar to `done` of `total`."""
         if self.quiet:
             return
         text = "  ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if figures and name in figures)
-        name = self.prefix + stage
         if console.is_terminal:
-            if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=total, figures="")
-            self._progress.update(self._tasks[name], completed=done, total=total, figures=text)
+            if stage not in self._stages:
+                self._stages[stage] = self.add_task(stage, total=total, figures="")
+            self.update(self._stages[stage], completed=done, total=total, figures=text)
             return
         now = time.monotonic()
-        begun, first = self._begun.setdefault(name, (now, done))
-        if done >= total or now - self._printed.get(name, -EVERY) >= EVERY:
-            self._printed[name] = now
+        begun, first = self._begun.setdefault(stage, (now, done))
+        if done >= total or now - self._printed.get(stage, -EVERY) >= EVERY:
+            self._printed[stage] = now
             left = (now - begun) / (done - first) * (total - done) if first < done < total else 0
-            say(
-                f"{name}: {done}/{total} {text}".rstrip()
-                + (f"  about {timedelta(seconds=round(left))} left" if left else "")
-            )
+            about = f"  about {timedelta(seconds=round(left))} left" if left else ""
+            say(f"{stage}: {done}/{total} {text}".rstrip() + about)

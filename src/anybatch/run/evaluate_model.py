@@ -18,10 +18,9 @@ from anybatch.data.inputs import Column, check_images
 from anybatch.data.pairs import PairData
 from anybatch.data.records import column_names
 from anybatch.data.sets import files_of
-from anybatch.evaluation.candidates import hit_at_1
 from anybatch.evaluation.classes import class_metrics
 from anybatch.evaluation.retrieval import pair_metrics, retrieval_metrics
-from anybatch.evaluation.zero_shot import two_way_recall, zero_shot_metrics
+from anybatch.evaluation.zero_shot import hit_at_1, two_way_recall, zero_shot_metrics
 from anybatch.integrations.sentence_transformers.embed import check_content, embed_texts, weights_digest
 from anybatch.integrations.sentence_transformers.model import Side
 from anybatch.run.config import read_config

@@ -21,7 +21,7 @@ from anybatch.losses.registry import AUTO
 from anybatch.mining import MiningSet
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import SPLIT, DataConfig, RunConfig, SetConfig
-from anybatch.vision.mmeb import TASKS
+from anybatch.vision.mmeb import TARGET_PROMPTS
 from anybatch.vision.read_images import Images, LabelledImages, NamedClasses, read_images
 
 logger = logging.getLogger("anybatch")
@@ -191,7 +191,7 @@ def read_held_out(config: RunConfig) -> HeldOut | None:
     tasks = find_candidates(held_out.path)
     if tasks:
         prompts = {of_set.name or "": of_set.positive_prompt for of_set in data.sets}
-        known = {name: task.target_prompt for name, task in TASKS.items()} if any(prompts.values()) else {}
+        known = TARGET_PROMPTS if any(prompts.values()) else {}
         return read_candidate_sets(tasks, images, prompts=known | prompts)
     return read_pairs(
         held_out.path,
