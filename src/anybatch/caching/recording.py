@@ -62,9 +62,7 @@ class Recording:
     def embeddings(self) -> Tensor:
         """The one leaf `(B, D)`."""
         if len(self.leaves) != 1:
-            raise AnybatchError(
-                f"The encoder returned {len(self.leaves)} tensors; read .leaves instead of .embeddings."
-            )
+            raise AnybatchError(f"The encoder returned {len(self.leaves)} tensors; read .leaves, not .embeddings.")
         return self.leaves[0]
 
     def refuse_if_sharded(self, rows: Tensor, error: BaseException | None) -> None:

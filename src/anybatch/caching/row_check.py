@@ -157,10 +157,8 @@ def _difference_alone(passes: _Passes, rows: Tensor) -> float | None:
     difference = float(relative_difference([part.flip(0) for part in apart], wanted))
     # Embeddings that are not even the same twice are found out, and named, when they are replayed.
     different = passes.any_rank(difference > 2)
-    unlike = different and any(
-        passes.any_rank(float(relative_difference(passes(rows), together)) > 1) for _ in range(4)
-    )
-    return None if unlike else difference
+    again = (float(relative_difference(passes(rows), together)) for _ in range(4))
+    return None if different and any(passes.any_rank(other > 1) for other in again) else difference
 
 
 def _harmless_trim(passes: _Passes, rows: Tensor, leading: bool) -> Trim:

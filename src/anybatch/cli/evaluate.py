@@ -93,9 +93,7 @@ class EvaluateOptions:
             "--set", metavar="KEY=VALUE", help="A setting of the model: 'model.kwargs={dtype: bfloat16}'. Repeatable."
         ),
     ] = None
-    output: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file; it must be new.")] = (
-        None
-    )
+    output: Annotated[Path | None, typer.Option(help="Also write the figures to this new JSON file.")] = None
 
 
 @with_options
@@ -171,17 +169,13 @@ def _held_out(given: EvaluateOptions) -> HeldOut | None:
         return None
     if judged is not None:
         return read_retrieval(*judged, quoting=options.get("quoting"))
-    if kind == "labelled":
-        learned, test = (
-            read_images(path, column=anchor, limit=limit) for path in (options["labelled"], options["data"])
-        )
-        return LabelledImages(known=learned, test=test)
-    if kind == "template":
+    if kind in ("labelled", "template"):
         test = read_images(options["data"], column=anchor, limit=limit)
+        if kind == "labelled":
+            return LabelledImages(known=read_images(options["labelled"], column=anchor, limit=limit), test=test)
         names = read_yaml(options["class_names"]) if "class_names" in options else None
-        return NamedClasses(
-            images=test, prompts=prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
-        )
+        prompts = prompts_of(sorted({*test.labels.tolist()}), options["template"], names)
+        return NamedClasses(images=test, prompts=prompts)
     if tasks:
         prompts = TARGET_PROMPTS if "recipe" in options else {}
         return read_candidate_sets(tasks, options.get("images"), prompts=prompts)

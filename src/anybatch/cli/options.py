@@ -70,18 +70,14 @@ class RunOptions:
         "data.views",
     ] = None
     limit: LimitOption = None
-    model: Annotated[str | None, typer.Option(help="The model to train: a folder or a hub name."), "model.name"] = None
+    model: Annotated[str | None, typer.Option(help="The model to train: folder or hub name."), "model.name"] = None
     device: DeviceOption = None
-    teacher: Annotated[str | None, typer.Option(help="The model that ranks the data for mining."), "teacher.name"] = (
-        None
-    )
+    teacher: Annotated[str | None, typer.Option(help="The model that ranks data for mining."), "teacher.name"] = None
     batch_size: Annotated[int | None, typer.Option(help="The contrastive batch, over all processes."), "batch_size"] = (
         None
     )
     seed: Annotated[int | None, typer.Option(help="Fixes batches, initialisation and dropout."), "seed"] = None
-    loss: Annotated[
-        str | None, typer.Option(help="Its name, such as infonce; by default recommended."), "loss.name"
-    ] = None
+    loss: Annotated[str | None, typer.Option(help="Such as infonce; by default recommended."), "loss.name"] = None
     recipe: Annotated[
         str | None, typer.Option(help="A published run's settings where you set none: b3 (B3 on MMEB).")
     ] = None
@@ -119,9 +115,7 @@ class TrainOptions(RunOptions):
     """The options of a run that trains."""
 
     epochs: Annotated[int | None, typer.Option(help="Passes over the data."), "train.epochs"] = None
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of the optimiser, at its peak."), "train.learning_rate"
-    ] = None
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak."), "train.learning_rate"] = None
     eval: Annotated[
         str | None,
         typer.Option(help="Held-out pairs; by default a part of --data (evaluation.path=null: none)."),

@@ -125,9 +125,7 @@ def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.n
 
 def _check_embeddings(queries: np.ndarray, corpus: np.ndarray) -> None:
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
-        raise AnybatchError(
-            f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D) with one D."
-        )
+        raise AnybatchError(f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D), one D.")
     for name, array in (("query", queries), ("document", corpus)):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         if len(bad):

@@ -253,9 +253,7 @@ def _parameters(maps: Sequence[Tensor], tied: bool) -> Tensor:
     return (maps[0] + maps[1]).flatten() if tied else torch.cat([side.flatten() for side in maps])
 
 
-def _summarise(
-    halves: Sequence[Tensor], squares: Tensor, counts: Tensor, full: Tensor, per_epoch: int
-) -> GradientError:
+def _summarise(halves: list[Tensor], squares: Tensor, counts: Tensor, full: Tensor, per_epoch: int) -> GradientError:
     """All figures from inner products between the halves.
 
     Args:
@@ -292,9 +290,8 @@ def _summarise(
     values: dict[str, float] = {}
     for number, name in enumerate(("bias", "noise", "epoch_error")):
         values[name], values[f"{name}_se"] = _root(float(estimate[number]), float(spread[number]))
-    return GradientError(
-        **values, cosine=float(estimate[3]), cosine_se=float(spread[3]), num_batches=2 * int(counts.sum())
-    )
+    values |= {"cosine": float(estimate[3]), "cosine_se": float(spread[3])}
+    return GradientError(**values, num_batches=2 * int(counts.sum()))
 
 
 def _root(square: float, spread: float) -> tuple[float, float]:

@@ -166,11 +166,10 @@ class TeacherConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kwargs(self.kwargs, "teacher.kwargs")
-        names = (field.name for field in fields(self) if field.name != "embeddings")
-        unused = [name for name in names if getattr(self, name) != getattr(TeacherConfig, name)]
-        if self.embeddings is not None and unused:
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        if self.embeddings is not None and given != ["embeddings"]:
             raise AnybatchError(
-                f"teacher.{unused[0]} is for a teacher that embeds the data, and teacher.embeddings are given. Leave "
+                f"teacher.{given[0]} is for a teacher that embeds the data, and teacher.embeddings are given. Leave "
                 "one of them out."
             )
 

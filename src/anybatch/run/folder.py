@@ -38,9 +38,7 @@ def _held(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AnybatchError(
-            f"Cannot make the folder {folder}: {error.strerror}. Choose another output folder."
-        ) from error
+        raise AnybatchError(f"Cannot make the folder {folder}: {error.strerror}. Choose another --output.") from error
     try:
         with locked(folder):
             _begin(folder, config, resume)
@@ -68,13 +66,9 @@ def check_vacant(config: RunConfig) -> None:
 def _refuse_taken(folder: Path, *, resume: bool) -> None:
     names = _names(folder)
     if names and "config.yaml" not in names:
-        raise AnybatchError(
-            f"{folder} exists and is not empty, and is no run of anybatch. Choose another output folder."
-        )
+        raise AnybatchError(f"{folder} exists and is not empty, and is no run of anybatch. Choose another --output.")
     if names - {"config.yaml"} and not resume:
-        raise AnybatchError(
-            f"{folder} already holds a run. Choose another output folder, or add --resume to go on with it."
-        )
+        raise AnybatchError(f"{folder} already holds a run. Choose another --output, or add --resume to go on with it.")
 
 
 def _names(folder: Path) -> set[str]:

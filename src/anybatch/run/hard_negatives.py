@@ -23,7 +23,10 @@ def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
         return pairs
     rows = plan.negatives.astype(np.int64)  # (n, h), -1 where one is missing
     lacking = np.any(rows < 0, axis=1)
-    suspected = _suspected_texts(pairs, plan, lacking)
+    suspected: dict[int, set[int]] = {}  # of rows that lack a negative, the texts that may be right answers
+    if plan.suspects is not None:
+        for row, suspect in plan.suspects[lacking[plan.suspects[:, 0]]].tolist():
+            suspected.setdefault(row, set()).add(int(pairs.positive_id[suspect]))
     task = np.zeros(len(rows), np.int64) if plan.task is None else plan.task
     members = [np.flatnonzero(task == number) for number in range(int(task.max(initial=0)) + 1)]
     for row in np.flatnonzero(lacking).tolist():
@@ -32,15 +35,6 @@ def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
         rows[row, missing[: len(stand_ins)]] = stand_ins
     mined = [pick(pairs.positives, column) for column in rows.T]
     return replace(pairs, negatives=(*pairs.negatives, *mined))
-
-
-def _suspected_texts(pairs: PairData, plan: BatchPlan, lacking: np.ndarray) -> dict[int, set[int]]:
-    """For the rows that lack a negative, the texts that may be right answers."""
-    texts: dict[int, set[int]] = {}
-    if plan.suspects is not None:
-        for row, suspect in plan.suspects[lacking[plan.suspects[:, 0]]].tolist():
-            texts.setdefault(row, set()).add(int(pairs.positive_id[suspect]))
-    return texts
 
 
 def _stand_ins(pairs: PairData, row: int, negatives: np.ndarray, members: np.ndarray, suspected: set[int]) -> list[int]:

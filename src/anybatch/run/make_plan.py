@@ -17,7 +17,7 @@ from anybatch.losses.registry import AUTO, first_temperature
 from anybatch.mining import MiningConfig, MiningReport, check_sizes, mine_plan, mine_shared, random_plan
 from anybatch.mining.audit import marks
 from anybatch.plans.plan import BatchPlan
-from anybatch.run.config import RunConfig, TeacherConfig, resolved
+from anybatch.run.config import RunConfig, resolved
 from anybatch.run.read_data import mining_sets
 from anybatch.run.teacher import teacher_embeddings
 
@@ -58,13 +58,10 @@ def check_start(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> N
 
 def _name_unused(config: RunConfig) -> None:
     """Say what random batches, or a plan that is given, take no notice of: runs are compared by one setting."""
-    default = MiningConfig()
+    default, teacher = MiningConfig(), config.teacher
     names = ("cluster_size", "window", "margin", "neighbors", "conflict_weight", "num_negatives")
     unused = [f"mining.{name}" for name in names if getattr(config.mining, name) != getattr(default, name)]
-    of_teacher = (field.name for field in fields(config.teacher))
-    unused += [
-        f"teacher.{name}" for name in of_teacher if getattr(config.teacher, name) != getattr(TeacherConfig, name)
-    ]
+    unused += [f"teacher.{field.name}" for field in fields(teacher) if getattr(teacher, field.name) != field.default]
     if unused and distributed.rank() == 0:
         why = "mining.method is 'random', which ranks nothing" if config.plan is None else "A plan is given"
         logger.warning("Not used: %s. %s.", ", ".join(unused), why)

@@ -100,10 +100,9 @@ def joined(values: dict[str, list[str]]) -> list[str]:
 def meaning_of(kind: type, name: str) -> str:
     """What the Args of a class say of a parameter, or those of the class that they name for it."""
     text = (meanings(Scoring) | meanings(OneTemperature) | meanings(kind, "Args") | ELSEWHERE)[name]
-    other = re.match(r"See `(\w+)`", text)
-    return (
-        meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name) if other else text
-    )
+    if other := re.match(r"See `(\w+)`", text):
+        return meaning_of(getattr(sys.modules[kind.__module__], other[1], None) or CLASSES[other[1]], name)
+    return text
 
 
 def shown(value: Any) -> str:

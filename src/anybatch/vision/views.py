@@ -20,6 +20,7 @@ AREA = (0.08, 1.0)  # of the crop, as a share of the image
 LOG_RATIO = math.log(4 / 3)  # of the crop: between 3 / 4 and 4 / 3
 SMALL = 64  # pixels: below it images are small ones, with half the colour jitter and no blur (SimCLR, B.9)
 NUMBERS = 13  # random ones that a view takes
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio
 
 
 def both_ways(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,9 +56,7 @@ def view_keys(rows: Tensor, *, seed: int, step: int, view: int) -> Tensor:
 
 def random_numbers(keys: Tensor, count: int) -> Tensor:
     """(B, count) float32 in [0, 1), the same on every device: `count` numbers of each key's own stream."""
-    stream = (
-        keys[:, None] + torch.arange(1, count + 1, device=keys.device) * -7046029254386353131
-    )  # 2^64 / golden ratio
+    stream = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * GOLDEN
     return ((_mixed(stream) >> 40) & (2**24 - 1)).to(torch.float32) / 2**24
 
 

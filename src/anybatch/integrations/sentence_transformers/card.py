@@ -108,10 +108,8 @@ def cost_line(steps: int, measure: Measure, device: torch.device, *, resumed: bo
     kind, peak = "process", measure.peak_bytes
     if device.type == "cuda":
         kind, peak = "GPU", torch.cuda.max_memory_allocated(device)
-    since = " since it was resumed" if resumed else ""
-    return (
-        f"{steps:,} steps; {format_duration(measure.seconds)}{since}; peak memory of the {kind} {peak / 2**30:.2f} GiB"
-    )
+    time = format_duration(measure.seconds) + (" since it was resumed" if resumed else "")
+    return f"{steps:,} steps; {time}; peak memory of the {kind} {peak / 2**30:.2f} GiB"
 
 
 def shown(dataset: Any, *, numbered: bool) -> Any:

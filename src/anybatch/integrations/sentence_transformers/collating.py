@@ -67,17 +67,18 @@ class ImageCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch as the Trainer takes it."""
-        cells = [
-            {name: _Place(name, value) if name in self.columns else value for name, value in row.items()}
-            for row in rows
-        ]
+        of = self.columns
+        cells = [{name: _Place(name, cell) if name in of else cell for name, cell in row.items()} for row in rows]
         return self.collator(cells)
 
     def _preprocess(self, values: list[Any], **settings: Any) -> Any:
         """Of one column; explicit negatives that are not there are left out."""
         column: Sequence[Any] = [value for value in values if value is not None]
         if values and isinstance(values[0], _Place):
-            column = _there(self.columns[values[0].column], np.array([place.row for place in values], np.int64))
+            stored, rows = self.columns[values[0].column], np.array([place.row for place in values], np.int64)
+            if isinstance(stored, MixedColumn):
+                rows = rows[stored.has_text[rows] | stored.has_images[rows]]
+            column = pick(stored, rows)
         if not len(column):
             return {}
         if _have_images(column):
@@ -198,13 +199,6 @@ def as_columns(pairs: PairData) -> tuple[Dataset, Mapping[str, Column]]:
     }
     cells = {name: np.arange(len(pairs)) if name in columns else list(column) for name, column in by_name.items()}
     return Dataset.from_dict(cells), columns
-
-
-def _there(column: Column, rows: np.ndarray) -> Column:
-    """These rows of a column, without those that hold nothing."""
-    if isinstance(column, MixedColumn):
-        rows = rows[column.has_text[rows] | column.has_images[rows]]
-    return pick(column, rows)
 
 
 def _have_images(column: Sequence[Any]) -> bool:

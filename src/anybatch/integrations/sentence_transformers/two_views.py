@@ -93,9 +93,8 @@ class TwoViewLoss(CachedLoss):
         """See `CachedLoss.calculate_loss`, with two columns for each of the data set: twice as many rows."""
         (first, second), *negatives = [tuple(map(torch.cat, pair)) for pair in zip(reps[::2], reps[1::2])]
         joined = [[column] for column in (*both_ways(first, second), *map(torch.cat, negatives))]
-        return super().calculate_loss(
-            joined, labels if labels is None else labels.repeat(2), with_backward=with_backward
-        )
+        labels = labels if labels is None else labels.repeat(2)
+        return super().calculate_loss(joined, labels, with_backward=with_backward)
 
     def encode(self, features: dict[str, Any]) -> Any:
         """The embeddings of two views, (B, D) each."""
