@@ -75,11 +75,10 @@ def test_ranking_is_that_of_a_stable_sort(monkeypatch):
         generator.integers(-1, 2, (23, 4)).astype(np.float32),
         generator.integers(-1, 2, (41, 4)).astype(np.float32),
     )
-    rows, scores = rank_embeddings(queries, corpus, top_k=7)
+    rows = rank_embeddings(queries, corpus, top_k=7)
     similarity = queries @ corpus.T
     np.testing.assert_array_equal(rows, np.argsort(-similarity, axis=1, kind="stable")[:, :7])
-    np.testing.assert_array_equal(scores, np.take_along_axis(similarity, rows, axis=1))
-    assert rank_embeddings(queries, corpus[:3], top_k=7)[0].shape == (23, 3)
+    assert rank_embeddings(queries, corpus[:3], top_k=7).shape == (23, 3)
 
 
 def test_pairs_with_repeated_texts():

@@ -105,10 +105,8 @@ def _named_by(function: types.FunctionType) -> list[Any]:
 
 
 class ModuleFacts:
-    """What a step must know of the modules behind its encoders, from one walk over all of them.
-
-    Raises:
-        AnybatchError: Batch statistics, hooks that act on a gradient before it is whole, what `refuse_wrapper` refuses.
+    """What a step must know of the modules behind its encoders, from one walk over all of them. Refused are batch
+    statistics, hooks that act on a gradient before it is whole, and what `refuse_wrapper` refuses.
     """
 
     def __init__(self, encoders: Sequence[Encoder], modules: Sequence[nn.Module] | None) -> None:

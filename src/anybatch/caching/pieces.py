@@ -66,10 +66,8 @@ class Pieces:
 def pieces_of(
     columns: Mapping[str, Any], num_rows: int, name: str, image_tokens: Collection[int] = ()
 ) -> dict[str, Pieces]:
-    """What in a mapping is not counted by row, where something tells whose it is.
-
-    Of images these are counts per row, else the tokens that stand for them: by `mm_token_type_ids`, or by
-    `image_tokens`, the ids that the model's configuration names.
+    """What in a mapping is not counted by row, and whose it is: by counts per row, else by the tokens that stand for
+    images, known from `mm_token_type_ids` or by `image_tokens`, the ids that the model's configuration names.
     """
     found: dict[str, Pieces] = {}
     if is_bag(columns):

@@ -105,10 +105,8 @@ def broadcast_buffers(wrapped: Iterable[Wrapped]) -> None:
 
 
 class DataParallelReduction:
-    """The reduction at the end of a step, of one DistributedDataParallel, kept from it meanwhile (`no_reduction`).
-
-    Asks the other ranks which parameters will have a gradient (a collective of a byte each) and whether their passes
-    `failed`: then no rank goes on.
+    """The reduction of one DistributedDataParallel at the end of a step. Asks the other ranks which parameters will
+    have a gradient (a collective of a byte each) and whether their passes `failed`: then no rank goes on.
     """
 
     def __init__(

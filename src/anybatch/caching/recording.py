@@ -42,20 +42,17 @@ class Piece:
 
 @dataclass(kw_only=True)
 class Recording:
-    """The embeddings of one tower's batch, cut off from the encoder, and what leads back into it.
-
-    `leaves` has one tensor `(B, ...)` for each that the encoder returns, in the row order of the batch, in float32 or
-    float64; they require grad where the encoder's did. `wrapped` must not reduce over ranks before the step's last
-    pass.
-    """
+    """The embeddings of one tower's batch, cut off from the encoder, and what leads back into it."""
 
     tower: Tower
     memory: StepMemory
     budget: GraphBudget | None  # of the step, where it decides which graphs are kept
     autocast: AutocastState = field(default_factory=AutocastState)
+    # For each tensor that the encoder returns one (B, ...), in the row order of the batch, in float32 or float64; it
+    # requires grad where the encoder's did.
     leaves: tuple[Tensor, ...] = ()
     pieces: list[Piece] = field(default_factory=list)
-    wrapped: list[Wrapped] = field(default_factory=list)
+    wrapped: list[Wrapped] = field(default_factory=list)  # must not reduce over ranks before the step's last pass
     spent: bool = False
 
     @property

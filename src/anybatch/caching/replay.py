@@ -1,6 +1,4 @@
-"""The second half of a cached step: the gradients of the embeddings go back through the encoders. Mini-batch by
-mini-batch, they add up to what the whole batch in one pass would have left in `.grad`.
-"""
+"""The second half of a cached step: the gradients of the embeddings go back through the encoders, piece by piece."""
 
 from __future__ import annotations
 
@@ -25,10 +23,9 @@ NEXT_STEP = "The next step takes less if it has the same StepMemory; or lower mi
 
 
 class Aside:
-    """Takes the `.grad` of parameters away, so that backward passes leave this step's contribution alone there.
-
-    Hooks of the parameters (`register_hook`) rest meanwhile and run once, on the whole contribution, as in a plain
-    step. Where gradients were accumulated before, it needs as much memory again.
+    """Takes the `.grad` of parameters away, so that backward passes leave this step's contribution alone there. Hooks
+    of the parameters (`register_hook`) rest meanwhile and run once, on the whole contribution, as in a plain step.
+    Where gradients were accumulated before, it needs as much memory again.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,6 +1,4 @@
-"""Whether a row's embedding depends on the rows beside it, or on its padding: no type of module tells, what goes in
-twice with other neighbours does.
-"""
+"""Whether a row's embedding depends on the rows beside it, or on its padding: what goes in twice tells."""
 
 from __future__ import annotations
 
@@ -56,10 +54,9 @@ def relative_difference(outputs: Sequence[Tensor], references: Sequence[Tensor])
 
 
 def settle_trimming(tower: Tower) -> None:
-    """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without.
-
-    Before mini-batches are planned, because lengths follow. Three forward passes of two rows, once for each encoder,
-    mode and form of inputs; a sharded encoder is not looked at.
+    """Cut no padding that this encoder depends on, and all that it does not: seen on two short rows, with and without,
+    before mini-batches are planned. Three forward passes of two rows, once for each encoder, mode and form of inputs; a
+    sharded encoder is not looked at.
     """
     padded = tower.slicer.padded
     if padded is None:
@@ -76,7 +73,6 @@ def settle_trimming(tower: Tower) -> None:
 
 def refuse_neighbours(tower: Tower, mini_batches: Sequence[Tensor]) -> bool:
     """Refuse an encoder that gives half of a mini-batch other embeddings without the other half; whether it was asked.
-
     One and a half forward passes of a mini-batch, once for each encoder, mode and form of inputs. Ranks of a sharded
     encoder agree on each, because they must run equally many.
     """

@@ -1,6 +1,4 @@
-"""Cut a batch of inputs by rows, without the padding that the chosen rows do not need. Cutting copies, so an encoder
-that writes into its inputs cannot change what the replay will see.
-"""
+"""Cut a batch of inputs by rows, without needless padding. Cutting copies, as an encoder may write into its inputs."""
 
 from __future__ import annotations
 

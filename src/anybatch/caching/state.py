@@ -256,9 +256,7 @@ def training_modes(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(modules: Iterable[nn.Module], random: RandomState | None = None) -> Iterator[None]:
-    """Begin without gradients. What happens inside to gradients, buffers and modes of `modules`, and to generators
-    (`random`: to this state), is undone at the end.
-    """
+    """Begin without gradients; undo at the end what happens to gradients, buffers, modes and generators (`random`)."""
     random = RandomState() if random is None else random
     flags = {part: part.training for module in modules for part in module.modules()}
     grads = {parameter: parameter.grad for part in flags for parameter in part.parameters(recurse=False)}

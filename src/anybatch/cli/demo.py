@@ -1,6 +1,4 @@
-"""`anybatch demo`: what a small batch costs plain InfoNCE and not the recommended recipe, on real pairs, offline.
-`settings` is what all runs share; `LOSSES` and `RATES` say how they differ.
-"""
+"""`anybatch demo`: what a small batch costs plain InfoNCE and not the recommended recipe, on real pairs, offline."""
 
 from __future__ import annotations
 

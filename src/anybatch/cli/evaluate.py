@@ -132,10 +132,7 @@ def command(options: EvaluateOptions) -> None:
 
 
 def _held_out(given: EvaluateOptions) -> HeldOut | None:
-    """The data to measure on, of the kind that the options name, or a run's own; options of another kind are refused.
-
-    None for tasks of MTEB, which bring their data.
-    """
+    """The data that the options name, or a run's own; None for tasks of MTEB, which bring their data."""
     from anybatch.core.yaml_files import read_yaml
     from anybatch.data.candidates import find_candidates
     from anybatch.data.reading import read_pairs

@@ -1,7 +1,4 @@
-"""Options that verbs share: a configuration file, overrides, and short cuts for the values most people set.
-
-Nothing of the library is imported before a verb is called, so that `--help` answers at once.
-"""
+"""Options that verbs share. Of the library nothing is imported before a verb is called: `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -144,10 +141,7 @@ def _data_name(tree: dict[str, Any]) -> str:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the options that are the fields of its first argument, a dataclass, before its own options.
-
-    Typer reads a function's signature, so the wrapper states the joined one.
-    """
+    """Give a verb the fields of its first argument, a dataclass, as options: typer reads the joined signature."""
     first, *own = inspect.signature(command, eval_str=True).parameters.values()
     hints = get_type_hints(first.annotation, include_extras=True)
     shared = [

@@ -42,9 +42,8 @@ class PlanOptions:
 
 
 class PlanSources:
-    """A plan, and the run that it lies beside if it does. What is not found is said in `missing`, with its option.
-
-    What an option names must be there and fit; what the run names may be gone by now.
+    """A plan, and the run that it lies beside if it does. What is not found is said in `missing`, with its option. What
+    an option names must be there and fit; what the run names may be gone by now.
     """
 
     def __init__(self, options: PlanOptions) -> None:

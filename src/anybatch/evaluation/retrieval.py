@@ -14,7 +14,7 @@ KS = (1, 10, 100)
 BLOCK_BYTES = 64 * 2**20  # of scores held at once
 
 
-def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100) -> tuple[np.ndarray, np.ndarray]:
+def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100) -> np.ndarray:
     """The best documents of each query by inner product, the lower row number first among equal scores.
 
     Args:
@@ -22,12 +22,19 @@ def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100
         top_k: Documents a query, at most N.
 
     Returns:
-        Row numbers (Q, top_k) int64 and scores (Q, top_k) float32, best first.
+        Row numbers (Q, top_k) int64, best first.
     """
-    _check_embeddings(queries, corpus)
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
+        raise AnybatchError(f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D), one D.")
+    for name, array in (("query", queries), ("document", corpus)):
+        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        if len(bad):
+            raise AnybatchError(
+                f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged "
+                "or its input is broken."
+            )
     top_k = min(top_k, len(corpus))
     rows = np.empty((len(queries), top_k), np.int64)
-    scores = np.empty((len(queries), top_k), np.float32)
     block = max(1, BLOCK_BYTES // (4 * max(1, len(corpus))))
     transposed = np.ascontiguousarray(corpus.T, dtype=np.float32)
     for start in range(0, len(queries), block):
@@ -36,9 +43,8 @@ def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100
         edge = np.partition(similarity, -top_k, axis=1)[:, -top_k]
         for offset, line in enumerate(similarity):
             found = np.flatnonzero(line >= edge[offset])
-            order = found[np.argsort(-line[found], kind="stable")][:top_k]
-            rows[start + offset], scores[start + offset] = order, line[order]
-    return rows, scores
+            rows[start + offset] = found[np.argsort(-line[found], kind="stable")][:top_k]
+    return rows
 
 
 def retrieval_metrics(
@@ -63,7 +69,7 @@ def retrieval_metrics(
     """
     # Documents in descending order of id, so that "the lower row first" is trec_eval's order among ties.
     order = np.array(sorted(range(len(corpus_ids)), key=lambda row: corpus_ids[row], reverse=True), np.int64)
-    rows, _ = rank_embeddings(queries, corpus[order], top_k=max(ks))
+    rows = rank_embeddings(queries, corpus[order], top_k=max(ks))
     totals, judged = np.zeros((3, len(ks))), 0
     for place, ranked in enumerate(order[rows]):
         if grades := relevance.get(query_ids[place]):
@@ -121,15 +127,3 @@ def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.n
         best = float(np.sum(ideal[:k] * discounts[: len(ideal[:k])]))
         figures[2, column] = float(np.sum(gains[:k] * discounts[: len(gains[:k])])) / best
     return figures
-
-
-def _check_embeddings(queries: np.ndarray, corpus: np.ndarray) -> None:
-    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
-        raise AnybatchError(f"Embeddings have shapes {queries.shape} and {corpus.shape}; expected (rows, D), one D.")
-    for name, array in (("query", queries), ("document", corpus)):
-        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        if len(bad):
-            raise AnybatchError(
-                f"{len(bad)} {name} embeddings are NaN or infinite, the first in row {bad[0]}. The model has diverged "
-                "or its input is broken."
-            )

@@ -42,7 +42,7 @@ def zero_shot_metrics(images: np.ndarray, labels: np.ndarray, prompts: Mapping[s
         raise AnybatchError(f"The class '{unknown[0]}' has no name to be told by. Give a name for each class.")
     means = np.stack([of_class.mean(axis=0) for of_class in prompts.values()])
     means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    rows, _ = rank_embeddings(images, means, top_k=max(TOPS))
+    rows = rank_embeddings(images, means, top_k=max(TOPS))
     correct = classes[rows] == labels[:, None]
     return {f"top{k}": mean_per_class(correct[:, :k].any(axis=1), labels) for k in TOPS}
 
@@ -71,7 +71,7 @@ def two_way_recall(
 def _recall(anchors: np.ndarray, anchor_id: np.ndarray, found: np.ndarray, found_id: np.ndarray) -> dict[int, float]:
     ids, queries, of_pair = np.unique(anchor_id, return_index=True, return_inverse=True)
     found_ids, documents, document_of_pair = np.unique(found_id, return_index=True, return_inverse=True)
-    rows, _ = rank_embeddings(anchors[queries], found[documents], top_k=max(CUTOFFS))
+    rows = rank_embeddings(anchors[queries], found[documents], top_k=max(CUTOFFS))
     pairs = np.unique(of_pair * len(found_ids) + document_of_pair)
     hits = np.isin(np.arange(len(ids))[:, None] * len(found_ids) + rows, pairs)
     return {k: float(hits[:, :k].any(axis=1).mean()) for k in CUTOFFS}

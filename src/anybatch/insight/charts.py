@@ -33,9 +33,7 @@ def colour_of(method: str) -> str:
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
-    """Horizontal bars, one a line: label, method (which decides the colour) and value of each. `title`: for screen
-    readers.
-    """
+    """Horizontal bars, one a line: label, method (which decides the colour) and value of each."""
     height = BAR * len(bars) + 8
     scale = (WIDTH - 110) / (max(value for _, _, value in bars) or 1.0)
     parts = []
@@ -52,9 +50,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
 def error_chart(
     title: str, x_title: str, y_title: str, series: Mapping[str, Mapping[int, float]], *, error: float
 ) -> str:
-    """For each method a line over a few numbers at equal distances, such as batch sizes; at every point a bar from one
-    `error` below to one above.
-    """
+    """For each method a line over a few numbers, such as batch sizes; a bar goes one `error` up and one down."""
     numbers = sorted({number for points in series.values() for number in points})
     values = [value for points in series.values() for value in points.values()]
     low, high = min(values) - 2 * error, max(values) + 2 * error

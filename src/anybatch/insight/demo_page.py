@@ -37,8 +37,8 @@ def render_demo_page(
     seen: PlanInspection,
     pairs: PairData,
 ) -> str:
-    """The page as text, all of it escaped: the curves of `BASELINE` and `METHOD`; one training step on one large batch
-    by how it was trained (`memory`); a mined plan, what a teacher says of it, and its data.
+    """The page, all texts escaped. `memory`: one step on a large batch, by how it was trained; `seen`: of the mined
+    plan.
     """
     header, lines = curves.rows(METHOD, BASELINE)
     bars = [(way, "memory", round(result.train_peak_bytes / 2**30, 2)) for way, result in memory.items()]

@@ -254,14 +254,8 @@ def _parameters(maps: Sequence[Tensor], tied: bool) -> Tensor:
 
 
 def _summarise(halves: list[Tensor], squares: Tensor, counts: Tensor, full: Tensor, per_epoch: int) -> GradientError:
-    """All figures from inner products between the halves.
-
-    Args:
-        halves: Two (groups, P), the sums of the batches' gradients.
-        squares: (groups,) the sum of their squared lengths, the mean of both halves.
-        counts: (groups,) batches of each half.
-        full: See `FrozenPairs`.
-        per_epoch: M.
+    """All figures from inner products between the halves: two (groups, P), the sums of the batches' gradients, with the
+    sum of their squared lengths (groups,), the mean of both halves, and the batches (groups,) of each half.
     """
     groups = len(counts)
     # A full-data gradient that is exact is the same in every group.

@@ -114,8 +114,6 @@ def compare_methods(
         plan: Made for these rows.
         methods: What to compare, plain InfoNCE first. On random batches inclusion weights have no meaning: the method
             is taken without, unless that is listed too. Suspects are masked there as on the plan's.
-        num_batches: See `gradient_error`.
-        progress: Called with (done, total).
 
     Raises:
         AnybatchError: A plan over several data sets, whose full-data gradients are not one, or for other rows; suspects

@@ -1,7 +1,4 @@
-"""The few figures that decide whether a plan's batches help: softmax mass, suspected false negatives, the teacher.
-
-`mining.inspection` measures them; here they get their pass marks and their words.
-"""
+"""The figures that decide whether a plan's batches help (`mining.audit.marks`), in words; and what they warn of."""
 
 from __future__ import annotations
 
@@ -60,9 +57,7 @@ def plan_warnings(
     *,
     mask_suspects: bool = False,
 ) -> list[str]:
-    """What was measured of a plan (or of one of its data sets) advises against, in words; so do the gradients of its
-    loss, the last of the methods compared.
-    """
+    """What a plan's figures, and the gradients of its loss (the last of the methods), advise against, in words."""
     found = []
     loss = "" if gradients is None else gradients.order[-1]
     planned, random = (None if gradients is None else gradients.of(loss, batches) for batches in ("plan", "random"))

@@ -1,6 +1,4 @@
-"""What to train with, before any training: the recipe that a run takes by itself (`run/recipe.py`), what it costs, and
-what was measured that speaks against it.
-"""
+"""What to train with: the recipe that a run takes by itself, what it costs, and what was measured against it."""
 
 from __future__ import annotations
 

@@ -237,9 +237,7 @@ def read_config(folder: Path) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult(TrainResult):
-    """What a run left behind: how it trained, and figures of the trained and of the untrained model on the held-out
-    data (none without such data).
-    """
+    """What a run left behind: how it trained; figures of the trained and the untrained model on held-out data."""
 
     metrics: dict[str, float]
     metrics_untrained: dict[str, float]

@@ -38,9 +38,8 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Figures of a model, with its own prompts and routes: recall@1, MRR@10, nDCG@10 and so on.
 
-    Of pairs each anchor must find its positive among all distinct ones; of images with captions, see `two_way_recall`
-    besides. Images with classes: see `class_metrics` and `zero_shot_metrics`; queries with candidates of their own:
-    `hit_at_1` of each set, and the mean of the sets. None without data.
+    See `pair_metrics`, `two_way_recall` for images with captions, `class_metrics` and `zero_shot_metrics` for images
+    with classes, `hit_at_1` for queries with candidates of their own, of each set and their mean. None without data.
     """
 
     def embed(stage: str, texts: Column, side: Side) -> np.ndarray:

@@ -14,9 +14,8 @@ LOOKED_AT = 1000  # rows looked at for one that can stand in for a missing hard 
 
 
 def with_mined_negatives(pairs: PairData, plan: BatchPlan) -> PairData:
-    """The pairs with the plan's hard negatives as further negative columns; the pairs themselves if it has none.
-
-    Where a window had too few, the positives of the next rows of the same data set stand in, all different: ordinary
+    """The pairs with the plan's hard negatives as further negative columns; the pairs themselves if it has none. Where
+    a window had too few, the positives of the next rows of the same data set stand in, all different: ordinary
     candidates. Where there are none, the row has fewer negatives.
     """
     if plan.negatives is None or plan.negatives.shape[1] == 0:

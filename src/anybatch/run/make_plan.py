@@ -39,10 +39,8 @@ def _existing(config: RunConfig) -> Path | None:
 
 
 def check_start(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> None:
-    """Refuse, before anything is written, what a new run could not get a plan from. `plan`: the one that it is given.
-
-    Raises:
-        AnybatchError: A plan of other data; sizes that do not fit; no teacher, or embeddings of other data.
+    """Refuse, before anything is written, what a new run could not get a plan from: a plan (the one given) of other
+    data, sizes that do not fit, no teacher, embeddings of other data.
     """
     if config.plan is not None:
         assert plan is not None

@@ -152,9 +152,8 @@ def warn_of_shared(pairs: PairData, held_out: HeldOut | None) -> None:
 
 
 def split_for_plan(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tuple[PairData, PairData | None]:
-    """The pairs that a run trains on, and those that it holds out.
-
-    A plan that exists decides, which is of all pairs or of those that are left; so a run is resumed with its own.
+    """The pairs that a run trains on, and those that it holds out. A plan that exists decides, which is of all pairs or
+    of those that are left; so a run is resumed with its own.
     """
     if not _holds_out(config) or config.teacher.embeddings is not None:
         return pairs, None

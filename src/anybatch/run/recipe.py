@@ -1,7 +1,4 @@
-"""What a run takes for "auto": the recommended recipe, by rule from the data, the batch and the teacher.
-
-The rule, its evidence and where it loses are one page, docs/recipe.md.
-"""
+"""What a run takes for "auto": the recommended recipe, by rule. Its evidence, and where it loses: docs/recipe.md."""
 
 from __future__ import annotations
 

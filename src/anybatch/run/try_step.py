@@ -44,11 +44,7 @@ def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer, pla
 def step_of(
     config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None = None
 ) -> Callable[[np.ndarray], None]:
-    """What takes rows through the cached step under the run's loss, as training does, and leaves their gradients.
-
-    Raises:
-        AnybatchError: See `check_kinds`.
-    """
+    """What takes rows through the cached step under the run's loss, as training does, and leaves their gradients."""
     check_kinds(config, pairs, model, plan)
     if config.train.gradient_checkpointing:
         checkpoint_layers(model)
@@ -121,9 +117,7 @@ def _reads_all_together(model: SentenceTransformer) -> bool:
 
 
 def inputs_of(model: SentenceTransformer, pairs: PairData, rows: np.ndarray) -> list[dict[str, Any]]:
-    """What the model is given of some rows: a dictionary of tensors on its device for each column, of its rows that
-    there are.
-    """
+    """What the model is given of some rows: tensors on its device for each column, of its rows that there are."""
     columns = [[value for value in pick(column, rows) if value is not None] for column in pairs.prompted]
     return [
         {

@@ -1,7 +1,5 @@
-"""Random views of images, drawn again exactly: the augmentation of SimCLR as a function of pixels and of a key per row.
-
-A view depends on its key alone, not on the batch, the rank or the mini-batch that the row is in: a replay, a resumed
-run and any number of ranks see the same pixels, and no generator is advanced.
+"""Random views of images, drawn again exactly: SimCLR's augmentation as a function of pixels and of a key per row. So a
+replay, a resumed run and any number of ranks see the same pixels, and no generator is advanced.
 """
 
 from __future__ import annotations

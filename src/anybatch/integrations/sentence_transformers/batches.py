@@ -78,9 +78,8 @@ class PlanBatches:
 
 
 def _data_digest(dataset: Dataset, expected: str) -> str:
-    """The digest of the rows; `expected` itself where nothing can be compared.
-
-    Columns may have been added after mining, such as mined negatives: the first two or more of them decide.
+    """The digest of the rows; `expected` itself where nothing can be compared. Columns may have been added after
+    mining, such as mined negatives: the first two or more of them decide.
     """
     names = input_columns(dataset) if expected else []
     columns = [cells for name in names if (cells := cells_of(dataset, name)) is not None]

@@ -1,7 +1,4 @@
-"""The model card of a run: what was trained and how, figures before and after, and the papers behind it.
-
-The guest's card data in a template of ours (card.md). Card data of a user's own class keep their template.
-"""
+"""The model card of a run, in a template of ours (card.md); card data of a user's own class keep theirs."""
 
 from __future__ import annotations
 
@@ -52,9 +49,7 @@ def describe(
     before: Mapping[str, float] | None = None,
     after: Mapping[str, float] | None = None,
 ) -> None:
-    """Add lines to the table of the model's card, and figures on held-out data. A user's own class of card has our tags
-    alone.
-    """
+    """Tag the model's card; unless it is of a user's own class, add lines to its table, and held-out figures."""
     card = model.model_card_data
     card.version["anybatch"] = __version__
     card.add_tags(["anybatch", f"anybatch:{__version__}"])

@@ -1,8 +1,4 @@
-"""Images that stay undecoded until the cached step takes their mini-batch: the Trainer's collator, and their lengths.
-
-A batch of 8,192 images of 224 x 224 is 5 GB of pixels, and a few hundred megabytes or (where they are read from files)
-nothing at all before it is decoded.
-"""
+"""Images that stay undecoded until the cached step takes their mini-batch: 8,192 of 224 x 224 are 5 GB of pixels."""
 
 from __future__ import annotations
 

@@ -130,9 +130,8 @@ def embed_to_file(
 
 
 def check_embedded(path: Path, identity: dict[str, Any] | None = None) -> None:
-    """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`.
-
-    A file of somebody else's, which has no record of its origin, is refused only if an identity is given.
+    """Refuse a file of `embed_to_file` that is not what was written, or not of this `identity`. A file of somebody
+    else's, which has no record of its origin, is refused only if an identity is given.
     """
     origin, remedy = _origin(path), f"Delete {path}; it is made anew then."
     record: dict[str, Any] = {}

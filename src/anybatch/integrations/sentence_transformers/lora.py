@@ -37,10 +37,7 @@ def add_lora(model: SentenceTransformer, settings: dict[str, Any]) -> None:
 
 
 def merge_lora(model: SentenceTransformer) -> None:
-    """Add what the adapters learned to the weights, in place, and remove them: a plain model again, or still.
-
-    The result differs from the adapters' by rounding in the weights' own type.
-    """
+    """Add what the adapters learned to the weights, in place and rounded to their type, and remove the adapters."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper

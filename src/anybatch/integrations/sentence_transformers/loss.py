@@ -1,6 +1,4 @@
-"""Our cached step behind sentence-transformers' protocol for cached losses: it replaces
-`CachedMultipleNegativesRankingLoss` for the Trainer, `MatryoshkaLoss`, PEFT and trackers.
-"""
+"""Our cached step behind sentence-transformers' protocol for cached losses."""
 
 from __future__ import annotations
 
@@ -168,7 +166,6 @@ class CachedLoss(nn.Module):
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The loss on embeddings computed already: blocks (rows, D) of each column. `MatryoshkaLoss` wraps this method.
-
         `with_backward` leaves the gradient in the blocks' `.grad` and returns the loss detached.
         """
         columns = [torch.cat(blocks) if len(blocks) > 1 else blocks[0] for blocks in reps]

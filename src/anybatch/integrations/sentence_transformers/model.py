@@ -1,7 +1,6 @@
-"""Load a sentence-transformers model, whole or only its first layers; and what it knows of queries and documents.
-
-An anchor is a query, positives and negatives are documents: prompts and routes (two towers) are those that
-`encode_query` and `encode_document` use. The prompts of a configuration go into the model, which saves them.
+"""Load a sentence-transformers model, whole or only its first layers; and what it knows of queries and documents: an
+anchor is a query, positives and negatives are documents, with the prompts and routes (two towers) that `encode_query`
+and `encode_document` use. The prompts of a configuration go into the model, which saves them.
 """
 
 from __future__ import annotations
@@ -181,10 +180,9 @@ def warn_of_unknown(model: SentenceTransformer, settings: dict[str, Any]) -> Non
 
 
 def pool_at_the_end(model: SentenceTransformer, name: str) -> None:
-    """Let a plain chat model (no sentence-transformers folder) be pooled at its last token, in place.
-
-    sentence-transformers does so for causal language models alone, and takes the mean for vision-language models, whose
-    first tokens have seen next to nothing.
+    """Let a plain chat model (no sentence-transformers folder) be pooled at its last token, in place, as causal
+    language models are: the first tokens of a vision-language model have seen next to nothing, and its mean would hold
+    them.
     """
     from huggingface_hub import try_to_load_from_cache
     from sentence_transformers.sentence_transformer.modules import Pooling

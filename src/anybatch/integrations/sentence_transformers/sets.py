@@ -40,9 +40,7 @@ def input_columns(dataset: Any) -> list[str]:
 
 
 def row_ids(sets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """Ids of the inputs of all sets together, by row number (the column `label`): equal ones are no negatives of each
-    other. They are `RowTable`'s first arguments.
-    """
+    """Ids of the inputs of all sets together, by row number (the column `label`), as `RowTable` takes them."""
     # 1. All rows, one set after the other.
     parts = [_pairs_of(name, part) for name, part in sets.items()]
     width = max(len(part.negatives) for part in parts)

@@ -114,12 +114,11 @@ def train_model(
             model's own prompts and routes.
         dataset: Columns anchor, positive, negatives..., in the plan's row order; row numbers are added here. Images
             are decoded mini-batch by mini-batch.
-        plan: Batches; `plan.batch_size` is the contrastive batch over all processes.
         output: Folder of the run; must exist, without checkpoints or a log of another.
         seed: Of dropout and the like. The batches follow the plan's own seed.
         resume: Go on from the last whole checkpoint; with none, start from the beginning.
         evaluate: Called with the model every `eval_steps`; its figures go into the log.
-        progress: Called after every step with (steps done, steps in all, latest figures).
+        progress: Called with (steps done, steps in all, latest figures).
         callbacks: Further callbacks, which run before the loss is restored or saved and before the log is written.
         run: Tells the checkpoints of this run from those of others, which are not resumed.
         columns: By name, the columns of `dataset` that hold row numbers instead of texts, and what is in those rows.
@@ -142,22 +141,19 @@ def train_model(
         checkpoint_layers(model)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
-    optimizer, patience = optimizer_of(config), config.args.get(PATIENCE)
     checkpoint = _checkpoint_to_resume(output, resume, run)
 
     # 2. The Trainer.
-    recorder, stop = Recorder(output / "log.jsonl", progress), StopAfterStep()
+    recorder, stop, on_cpu = Recorder(output / "log.jsonl", progress), StopAfterStep(), model.device.type == "cpu"
     trainer = EvaluatedTrainer(
         model=model,
-        args=training_arguments(
-            config, output / "checkpoints", batches=batches, seed=seed, on_cpu=model.device.type == "cpu"
-        ),
+        args=training_arguments(config, output / "checkpoints", batches=batches, seed=seed, on_cpu=on_cpu),
         train_dataset=indexed,
         loss=loss,
-        optimizer_cls_and_kwargs=optimizer,
+        optimizer_cls_and_kwargs=optimizer_of(config),
         columns=columns,
         figures=evaluate,
-        patience=patience,
+        patience=config.args.get(PATIENCE),
         callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder, stop],
     )
     for callback in (PrinterCallback, ProgressCallback):  # progress is shown by ours
