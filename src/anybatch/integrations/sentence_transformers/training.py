@@ -141,6 +141,7 @@ def train_model(
         checkpoint_layers(model)
     indexed, batches = with_index(dataset), PlanBatches(plan)
     batches.check(indexed, plan)
+    optimizer = optimizer_of(config)
     checkpoint = _checkpoint_to_resume(output, resume, run)
 
     # 2. The Trainer.
@@ -150,7 +151,7 @@ def train_model(
         args=training_arguments(config, output / "checkpoints", batches=batches, seed=seed, on_cpu=on_cpu),
         train_dataset=indexed,
         loss=loss,
-        optimizer_cls_and_kwargs=optimizer_of(config),
+        optimizer_cls_and_kwargs=optimizer,
         columns=columns,
         figures=evaluate,
         patience=config.args.get(PATIENCE),
