@@ -71,12 +71,7 @@ def check_arguments(config: TrainConfig, *, on_cpu: bool = False) -> None:
 
 
 def training_arguments(
-    config: TrainConfig,
-    output: str | Path,
-    *,
-    batches: PlanBatches | None = None,
-    seed: int = 0,
-    on_cpu: bool = False,
+    config: TrainConfig, output: str | Path, *, batches: PlanBatches | None = None, seed: int = 0, on_cpu: bool = False
 ) -> SentenceTransformerTrainingArguments:
     """Those of the configuration, with `train.args` over our defaults; prompts and routes are added by `Trainer`.
 
