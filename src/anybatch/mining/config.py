@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Literal
 
 from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
-from anybatch.mining.audit import Audit
 from anybatch.mining.graph import Window
 
 RankWindow = Literal["auto"] | tuple[CountOrZero, CountOrZero]
@@ -186,8 +185,7 @@ class MiningReport:
     """What mining did and what it cost.
 
     Attributes:
-        audit: What the clusters hold; None for random batches and for several data sets.
-        figures: See `PlanInspection.figures`; none where `audit` is None.
+        figures: See `PlanInspection.figures`; none of random batches, and of a data set without a cluster.
         warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
         seconds, peak_bytes: Wall time and peak resident memory of each stage.
@@ -195,11 +193,10 @@ class MiningReport:
         sets: The reports on the data sets, if there are several; times and memory are in each.
 
     Example:
-        >>> MiningReport(seconds={"graph": 1.5}).as_dict()["seconds"]
-        {'graph': 1.5}
+        >>> MiningReport(seconds={"graph": 1.5}).recall
+        1.0
     """
 
-    audit: Audit | None = None
     figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
@@ -207,7 +204,3 @@ class MiningReport:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, MiningReport] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)

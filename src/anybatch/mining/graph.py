@@ -150,6 +150,16 @@ def build_graph(
     return MiningGraph(window=wanted, conflict=conflict, weight=weight, apart=conflicts + conflicts.T)
 
 
+def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
+    """All suspected false negatives: (p, 2) int32, sorted: a row, and one whose text may be right for its anchor.
+
+    The other way round is a pair of its own: a text that many anchors come near need not be near to theirs. Those of
+    other clusters too: they meet in a batch, and a loss that stands for the whole data would weigh them most.
+    """
+    rows = np.repeat(np.arange(len(conflict.indptr) - 1), np.diff(conflict.indptr))
+    return np.stack([rows, conflict.indices], axis=1).astype(np.int32)
+
+
 def _matrix(indices: np.ndarray, counts: np.ndarray, num_rows: int) -> sparse.csr_matrix:
     """(num_rows, num_rows) CSR of ones, `counts` of them in each row."""
     pointers = np.zeros(num_rows + 1, np.int64)

@@ -16,9 +16,9 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.core.resources import Measure
-from anybatch.mining.audit import advice, audit_clusters, suspect_pairs
+from anybatch.mining.audit import advice
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
-from anybatch.mining.graph import MiningGraph, Window, build_graph
+from anybatch.mining.graph import MiningGraph, Window, build_graph, suspect_pairs
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.inspection import inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
@@ -149,7 +149,7 @@ def mine_plan(
             progress=advance,
         )  # fmt: skip
     for name, part in report.sets.items() if sets else [("", report)]:
-        if part.audit is not None and name in seen:
+        if name in windows and name in seen:
             part.figures = seen[name].figures
             part.warnings = advice(part.figures)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
@@ -336,18 +336,17 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
             **one.apart,
         )
 
-    # 4. Look at them; name suspected false negatives, draw hard ones.
-    with _stage(report, "audit", one.progress):
-        report.audit = audit_clusters(graph, cluster, **one.ids)
-        negatives = None
-        if config.num_negatives:
+    # 4. Name suspected false negatives, draw hard ones.
+    negatives = None
+    if config.num_negatives:
+        with _stage(report, "hard negatives", one.progress):
             published = config.method == "published"
             if published and one.labels:
                 few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
                 graph = build_graph(neighbors, few, text=one.text)
             power = 1 if published else 2
             negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
-        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
+    return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
 def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
