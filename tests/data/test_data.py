@@ -126,7 +126,7 @@ def retrieval(tmp_path):
 
 
 def test_retrieval(retrieval):
-    with pytest.raises(AnybatchError, match="splits test, train. Write one file for each"):
+    with pytest.raises(AnybatchError, match="splits test, train"):
         read_retrieval(*retrieval)
     retrieval[2].write_text("query_id\tdoc_id\tscore\tsplit\n1\t4\t1\ttest\n")
     data = read_retrieval(*retrieval)

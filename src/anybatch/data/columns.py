@@ -175,9 +175,7 @@ def cell_of(
 
 
 def _entry(value: Any, stored: bool) -> Any:
-    """One content: a text, the place of an image, or of {"text": ..., "image": ...} both; "" for nothing. ValueError
-    says what else it is.
-    """
+    """One content: a text, the place of an image, or both; "" for nothing. ValueError says what else it is."""
     if value is None or isinstance(value, str):
         return value if value and value.strip() else ""
     if stored and isinstance(value, int):
@@ -222,9 +220,7 @@ class BadRows:
         self.errors.setdefault(row, error)
 
     def check(self, left_out_of: str = "") -> None:
-        """Raise what was said of the first, with the number of all and the first five of them; or warn, where they are
-        left out of a file.
-        """
+        """Raise what was said of the first, with all that are refused; or warn, where they are left out of a file."""
         rows = sorted(self.errors)
         if not rows:
             return

@@ -83,11 +83,6 @@ class MixedColumn(Rows[MixedInput]):
             np.concatenate(places),
         )
 
-    @property
-    def where(self) -> str:
-        """Files and columns of its images."""
-        return "" if self.images is None else self.images.where
-
     @cached_property
     def has_images(self) -> np.ndarray:
         """(n,) bool."""

@@ -98,9 +98,7 @@ class PairData:
 
     @cached_property
     def prompted(self) -> list[Column]:
-        """Anchors, positives and negatives (None where a row has fewer) as the model reads them, with the instructions
-        of their data sets.
-        """
+        """Anchors, positives and negatives as the model reads them, with the instructions of their data sets."""
         columns: list[Any] = [self.anchors, self.positives, *self.negatives]
         if not any(part.anchor_prompt or part.positive_prompt for part in self.sets):
             return columns

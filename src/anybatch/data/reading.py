@@ -391,9 +391,7 @@ def content_of(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
 def _whole(
     main: list[Content], images: list[int], listed: list[int | None] | None, found: str
 ) -> Content | list[Content] | None:
-    """What a row's cells hold together: one content, or several where there is a list of them, or of images with one
-    for each; None for nothing.
-    """
+    """What a row's cells hold together: one content, or several where a cell holds a list; None for nothing."""
     main = main or [(None, ())]
     if listed is not None and len(main) == 1 and main[0] == (None, ()):
         main = main * len(listed)

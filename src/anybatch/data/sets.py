@@ -127,9 +127,7 @@ def _sets_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _grouped(files: Iterable[Path], tars: str = "*.tar") -> list[tuple[str, Path]]:
-    """Data sets with their names; the files of one as a pattern. Of a folder the tars, those that the pattern `tars`
-    names, are one data set.
-    """
+    """Data sets with their names; the files of one as a pattern. A folder's tars, named by `tars`, are one set."""
     sets: dict[Path, str] = {}
     for file in files:
         if file.suffix.lower() == ".tar":

@@ -1,6 +1,4 @@
-"""EMC2: negatives drawn from the anchor's own softmax by one Markov chain an anchor that goes on from visit to
-visit.
-"""
+"""EMC2: negatives drawn from the anchor's own softmax by a Markov chain that goes on from visit to visit."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/log.md has figures).
-    The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
-    not the gradient of that.
+    (docs/log.md). The value of the loss is the batch's own `mean_i log_sum_i`, of which the gradient is not one.
 
     When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
     docs/benchmarks/global_loss.md.
@@ -41,9 +37,8 @@ class EMC2(SoftmaxLoss):
     Args:
         num_rows: n, rows of the data set.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
-        seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
-            if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
-            whose order follows the ranks).
+        seed: Of the chains. They follow from (seed, number of steps, place in the batch): a resumed run goes on as if
+            uninterrupted, and several ranks draw what one process would, but with explicit negatives.
         scoring: See `OneTemperature`.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions

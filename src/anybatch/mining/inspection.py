@@ -239,9 +239,7 @@ def _brought(plan: BatchPlan, batches: np.ndarray, members: np.ndarray) -> spars
 
 
 def _most_suspected(pairs: Sequence[tuple[int, int, float, float]], positive_id: np.ndarray) -> list[RowPair]:
-    """The first `SHOWN`, one an anchor, no two with the same two positives: one caption of many images would fill the
-    list.
-    """
+    """The nearest `SHOWN`, one an anchor, no two with the same positives: one caption of many images would fill all."""
     shown: list[RowPair] = []
     seen: set[object] = set()
     for row, other, own, score in sorted(pairs, key=lambda pair: -pair[3]):

@@ -1,13 +1,11 @@
 """The teacher's ranking, exactly: for every row the best other rows.
 
-Memory beside the embeddings, which may be files (float16 or float32; read in pieces): with k neighbours and D
-dimensions
+Memory beside the embeddings, which may be files (float16 or float32; read in pieces), with k neighbours:
 
     threads * (UNIT_ROWS * (4 D + 16 k) + PIECE_ROWS * 4 D + 4 MB)       in work: 9 MB a thread for k = 130, D = 384
-    n * (8 k + 4)                                                        the result, in `folder` if given, else in
-    memory
+    n * (8 k + 4)                                                        the result, in `folder` if given
 
-never n x n. `inverted.py` does the same approximately, for more rows than n * n allows.
+`inverted.py` does the same approximately, for more rows than n * n allows.
 """
 
 from __future__ import annotations

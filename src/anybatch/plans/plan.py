@@ -180,26 +180,6 @@ class BatchPlan:
             return {"": np.arange(self.num_rows)}
         return {name: np.flatnonzero(self.task == number) for number, name in enumerate(self.task_names)}
 
-    def stats(self) -> dict[str, Any]:
-        """What `anybatch inspect` shows."""
-        sizes = {f"rows.{name}": len(rows) for name, rows in self.set_rows.items() if name}
-        return {
-            "rows": self.num_rows,
-            "batch_size": self.batch_size,
-            "batches_per_epoch": self.num_batches,
-            "cluster_size": self.cluster_size,
-            "clusters": self.num_clusters,
-            "clusters_per_batch": self.clusters_per_batch,
-            "remainder_rows": sum(map(len, self._loose)),
-            "rows_left_out_each_epoch": self.num_rows - self.num_batches * self.batch_size,
-            **sizes,
-            "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
-            "hard_negatives_per_row": self.negatives_per_row,
-            "seed": self.seed,
-            "data_digest": self.data_digest,
-            **{f"made.{name}": value for name, value in self.meta.items() if name != "inputs"},
-        }
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan: safetensors with a JSON header, atomically."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}

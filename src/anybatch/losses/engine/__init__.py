@@ -91,10 +91,7 @@ class Twice(AnybatchError, RuntimeError):
 
 
 def refuse_twice() -> None:
-    """In a backward pass: refuse one that is recorded to be differentiated itself (`create_graph=True`).
-
-    What is in closed form, or held fixed, is a constant to autograd.
-    """
+    """In a backward pass: refuse one with `create_graph=True`, to which what is in closed form is a constant."""
     if torch.is_grad_enabled():
         raise Twice(
             "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is "

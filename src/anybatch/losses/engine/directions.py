@@ -18,10 +18,7 @@ from anybatch.losses.log_weights import LogWeights
 
 
 class Direction:
-    """What both directions have.
-
-    All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
-    """
+    """What both directions have; `log_sum` to `positive_weight` are (B,)."""
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, column_sizes: list[int]) -> None:
         self.side, self.layout, self.positive = side, layout, positive_B
