@@ -135,7 +135,7 @@ MUTATIONS = [
         ("torch.where(cluster < 0, loose, other)", "torch.where(cluster < 0, other, loose)"),
         ("_of_other_tasks(queries, candidates) & remembered.bool()", "_of_other_tasks(queries, candidates)"),
         ('(self.of == "anchor") != back', 'self.of == "anchor"'),
-        ("any(_is_normalised(term", "all(_is_normalised(term"),
+        ('any(getattr(term, "normalised"', 'all(getattr(term, "normalised"'),
         ('(task[:, None] == memory["task"]).sum(dim=1)', "num_remembered"),
     ),
     *of(
