@@ -25,8 +25,8 @@ from anybatch.data.columns import (
     warn_of_columns,
 )
 from anybatch.data.images import ImageColumn, find_images
-from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn, join_columns
-from anybatch.data.pairs import PairData
+from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn
+from anybatch.data.pairs import PairData, join_rows
 from anybatch.data.records import PEEK, Quoting, column_names, records
 from anybatch.data.sets import files_of
 
@@ -85,14 +85,7 @@ def read_pairs(
         parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left, skip_bad))
         if left is not None and (left := left - len(parts[-1])) <= 0:
             break
-    if len(parts) == 1:
-        return parts[0]
-    columns = [(part.anchors, part.positives, *part.negatives) for part in parts]
-    anchors, positives, *others = (
-        join_columns([of_part[place] if place < len(of_part) else [None] * len(of_part[0]) for of_part in columns])
-        for place in range(max(map(len, columns)))
-    )
-    return PairData(anchors=anchors, positives=positives, negatives=tuple(others), source=str(path))
+    return parts[0] if len(parts) == 1 else join_rows(parts, str(path))
 
 
 def _read_file(

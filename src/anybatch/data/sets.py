@@ -31,7 +31,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
     the second.
     """
     path = Path(path)
-    if _is_plain_folder(path):
+    if is_plain_folder(path):
         sets = list(_sets_of(path))
         if not sets:
             raise AnybatchError(f"{path} is a folder without data sets. Expected files or folders of these: {FORMATS}.")
@@ -55,7 +55,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
 def files_of(path: Path) -> list[Path]:
     """The files of one data set, in order: itself; those that a pattern matches, or that are all in a folder."""
-    if _is_plain_folder(path):
+    if is_plain_folder(path):
         inner = _one_wording(_sets_in(path))
         if len(inner) > 1:
             names = ", ".join(name for name, _ in inner)
@@ -74,7 +74,8 @@ def _held_out(name: str, path: Path) -> str | None:
     return next((tar.name for tar in tars if HELD_OUT.match(tar.name)), None)
 
 
-def _is_plain_folder(path: Path) -> bool:
+def is_plain_folder(path: Path) -> bool:
+    """Whether it is a folder, and no saved data set."""
     return path.is_dir() and not (path / "state.json").exists()
 
 
@@ -102,7 +103,7 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
         return
     yield from _one_wording(_sets_in(path))
     for folder in sorted(path.iterdir()):
-        if not _is_plain_folder(folder):
+        if not is_plain_folder(folder):
             continue
         inner = _one_wording(_sets_in(folder))  # one folder a task
         if not inner and not IMAGES.match(folder.name):

@@ -40,9 +40,6 @@ class ProximalGamma(Gamma):
         shifted = old + math.log(self.alpha)
         return torch.nn.functional.logsigmoid(shifted), torch.nn.functional.logsigmoid(-shifted)
 
-    def advance(self) -> None:
-        """See `Gamma.advance`: it does not depend on the step."""
-
 
 @final
 class SCENT(SoftmaxLoss):

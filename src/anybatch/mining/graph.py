@@ -51,11 +51,8 @@ class Window:
         return Window(min(self.skip, num_texts // 10), min(self.take, max(1, num_texts // 2)), self.margin)
 
     def to_conflicts(self, neighbors: Neighbors) -> Window:
-        """One that skips only as many of its first ranks as conflicts go: ranks that the margin suspects of every third
-        row or more. Without a margin nothing says how many: all are skipped.
-
-        Where the teacher is unsure of that many, it is likely to overlook others; elsewhere the first ranks are the
-        hardest negatives, and hold the most softmax mass.
+        """One that skips only those of its first ranks that the margin suspects of every third row or more: elsewhere
+        these are the hardest negatives, and hold the most softmax mass. Without a margin all are skipped.
         """
         if self.margin is None:
             return self

@@ -36,7 +36,7 @@ EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MiningResult:
-    """The plan and the report on it; the graph, for those who want to look.
+    """The plan and the report on it; the graph, of one data set, for those who want to look.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
@@ -71,17 +71,12 @@ def mine_plan(
             products.
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
-        sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one
-            plan.
+        sets: Several data sets, one after the other: each is mined by itself with its own window, into one plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
-        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not
-            repeated.
+        folder: The neighbours are kept here: a killed search goes on, a finished one is not repeated.
         temperature: Of the softmax whose mass is reported; it decides nothing.
         progress: Called with (stage, fraction done).
-
-    Returns:
-        Plan, report and graph (None for several data sets).
 
     Raises:
         AnybatchError: Embeddings that cannot be ranked; sizes that do not fit.
@@ -89,11 +84,11 @@ def mine_plan(
     Warns:
         UserWarning: The rank window is wider than the data and was cut.
 
-    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 8
-        bytes a row and rank of the window, and about as much again three times for the graph.
+    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 32
+        bytes a row and rank of the window.
 
     Reference: Thirukovalluru et al. 2025, "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch
-    Mining", arXiv 2505.11293, section 3, and what this library does differently in docs/choose.md.
+    Mining", arXiv 2505.11293, section 3; what this library does differently: docs/choose.md.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
@@ -385,19 +380,11 @@ def _given_sets(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSe
 
 
 def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet], data_digest: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "num_rows": num_rows,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "data_digest": data_digest,
-    }
-    if sets:
-        settings |= {
-            "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
-            "task_names": tuple(one.name for one in sets),
-            "mixing": config.mixing,
-        }
-    return settings
+    settings = {"num_rows": num_rows, "batch_size": config.batch_size, "seed": config.seed, "data_digest": data_digest}
+    if not sets:
+        return settings
+    task = np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets])
+    return settings | {"task": task, "task_names": tuple(one.name for one in sets), "mixing": config.mixing}
 
 
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:

@@ -66,7 +66,8 @@ def solve(
 
     # 4. The loss.
     num_rows_all = sum(layout.row_sizes) * len(sides)
-    loss = distributed.sum_over_ranks(torch.stack([side.objective_sum() for side in directions]).sum()) / num_rows_all
+    sums = torch.stack([(side.objective * side.row_weight).sum() for side in directions])
+    loss = distributed.sum_over_ranks(sums.sum()) / num_rows_all
     if not gradients:
         return Solution(loss, (None,) * (2 + len(sides)), tuple(side.stats(gradients=False) for side in directions))
 
