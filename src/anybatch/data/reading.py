@@ -50,12 +50,10 @@ def read_pairs(
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, a folder saved by `datasets`, or a data set of the Hugging
-            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out), or with a configuration
-            hf://OWNER/NAME/CONFIGURATION/SPLIT. Several files of one data set: a pattern, or the folder in which they
-            are all.
-        anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image` of Parquet files and
-            data sets, or paths of files), or several, a text with images. None for conventional ones: anchor and
-            positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`), with the
+            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out), or
+            hf://OWNER/NAME/CONFIGURATION/SPLIT. Several files of one data set: a pattern, or their folder.
+        anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image`, or paths of files), or
+            several, a text with images. None for conventional ones (`anybatch.data.columns.CONVENTIONS`), with the
             columns of images that belong to them: query_image, pos_image_path and the like.
         negatives: Names of columns with explicit negatives; neg_text and neg_image_path, or the like, are one. None for
             those called negative, neg, negative_1 and the like; () for none.
@@ -67,9 +65,8 @@ def read_pairs(
         skip_bad: Leave out rows with an empty side, a value that is no text, or an image that is missing or broken, and
             say how many and which. A line that cannot be read at all is refused all the same.
 
-    In JSON lines, Parquet and data sets a cell may hold a list. Several positives of a row are pairs of their own.
-    Several negatives of a row are columns, in which rows with fewer have none. Several images of an anchor, or of a
-    positive with one text, are parts of it.
+    A cell may hold a list. Several positives of a row are pairs of their own. Several negatives of a row are columns,
+    in which rows with fewer have none. Several images of an anchor, or of a positive with one text, are parts of it.
 
     Raises:
         AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there, a

@@ -26,9 +26,8 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
     pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused. Files such as
-    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task,
-    `original` and `diverse_instruction`, the first is used; a pattern such as MMEB-train/*/diverse_instruction-* names
-    the second.
+    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task `original` is
+    used; a pattern such as MMEB-train/*/diverse_instruction-* names another.
     """
     path = Path(path)
     if is_plain_folder(path):

@@ -52,11 +52,7 @@ class DebiasedInfoNCE(SoftmaxLoss):
     lacks: ClassVar = {"normalize": "normalises in any case, as its clamp supposes"}
 
     def __init__(
-        self,
-        *,
-        tau_plus: Annotated[float, Range(0, 1)] = 0.1,
-        temperature: Positive = 0.5,
-        **scoring: Unpack[Scoring],
+        self, *, tau_plus: Annotated[float, Range(0, 1)] = 0.1, temperature: Positive = 0.5, **scoring: Unpack[Scoring]
     ) -> None:
         if not 0 <= tau_plus < 1:
             raise AnybatchError(

@@ -61,12 +61,7 @@ class EMC2(SoftmaxLoss):
     denominator: Chains
 
     def __init__(
-        self,
-        num_rows: int,
-        *,
-        burn_in: float = 0.5,
-        seed: int = 0,
-        **scoring: Unpack[OneTemperature],
+        self, num_rows: int, *, burn_in: float = 0.5, seed: int = 0, **scoring: Unpack[OneTemperature]
     ) -> None:
         chains = Chains(num_rows, self.num_directions(scoring), burn_in=burn_in, seed=seed)
         super().__init__(None, chains, **scoring)

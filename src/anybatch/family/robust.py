@@ -65,12 +65,7 @@ class FastCLIP(SoftmaxLoss):
 
     defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
-        "version": {
-            "v0": ("rho",),
-            "v1": ("rho", "temperature_lr", "temperature_range"),
-            "v2": (),
-            "v3": (),
-        }
+        "version": {"v0": ("rho",), "v1": ("rho", "temperature_lr", "temperature_range"), "v2": (), "v3": ()}
     }
     denominator: RunningDenominator
 

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, as_integers, known_positives, renumbered
 from anybatch.losses.base import outside_the_graph
-from anybatch.losses.log_weights import (
-    Inclusion,
-    ListedPairs,
-    LogWeights,
-    Term,
-    behind,
-    remembered_of_other_tasks,
-)
+from anybatch.losses.log_weights import Inclusion, ListedPairs, LogWeights, Term, behind, remembered_of_other_tasks
 from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 

@@ -32,9 +32,8 @@ class BatchPlan:
     """Equal batches over the rows of one data set, or of several, made of clusters that are combined anew every epoch.
 
     In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size /
-    cluster_size` whole clusters, drawn at random, one after the other. Rows in no cluster (what is left when the rows
-    are cut into clusters of exactly equal size) take the places of others, epoch by epoch others, so that no row is
-    lost for ever: `ClusterSampling` has the rules. All of it depends on nothing but the plan and the epoch.
+    cluster_size` whole clusters, drawn at random. Rows in no cluster take the places of others, epoch by epoch others,
+    so that no row is lost for ever (`ClusterSampling`). All of it depends on nothing but the plan and the epoch.
 
     Attributes:
         num_rows: Rows of the data.
@@ -278,8 +277,7 @@ class PlanSampler(BatchSampler):
         plan: Where the batches come from.
         rank: Give this rank's share of each global batch only; None gives the shares of all ranks one after the other,
             which is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
-        world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of
-            its size.
+        world_size: Ranks that share a batch.
         epoch: The first epoch.
 
     Raises:
@@ -299,9 +297,7 @@ class PlanSampler(BatchSampler):
             )
         if rank is not None and not 0 <= rank < world_size:
             raise AnybatchError(f"rank is {rank}; expected 0 to {world_size - 1}.")
-        self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
+        self.plan, self.rank, self.world_size = plan, rank, world_size
         self.batch_size = plan.batch_size // world_size
         self.drop_last = True
         self.epoch = epoch
