@@ -181,25 +181,22 @@ class MiningSet(Configuration):
 
 @dataclass(kw_only=True)
 class MiningReport:
-    """What mining did and what it cost.
+    """What mining found.
 
     Attributes:
         figures: See `PlanInspection.figures`; none of random batches, and of a data set without a cluster.
         warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
-        seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
-        sets: The reports on the data sets, if there are several; times and memory are in each.
+        sets: The reports on the data sets, if there are several.
 
     Example:
-        >>> MiningReport(seconds={"graph": 1.5}).recall
+        >>> MiningReport().recall
         1.0
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, MiningReport] = field(default_factory=dict)

@@ -15,7 +15,6 @@ import numpy as np
 from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
-from anybatch.core.resources import Measure
 from anybatch.mining.audit import advice
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph, suspect_pairs
@@ -138,7 +137,7 @@ def mine_plan(
     _note_single_rows(plan, report)
 
     # 4. Look at its batches.
-    with _stage(report, "figures", progress or (lambda *_: None)) as advance:
+    with _stage("figures", progress or (lambda *_: None)) as advance:
         seen = inspect_plan(
             plan, anchor_embeddings, positive_embeddings, anchor_id=ids[0], positive_id=ids[1], temperature=temperature,
             progress=advance,
@@ -174,7 +173,7 @@ def mine_shared(
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
     for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
         if len(one.anchors) >= settled.cluster_size:
-            _rank(one, settled, device, MiningReport())
+            _rank(one, settled, device)
 
 
 def random_plan(
@@ -300,26 +299,26 @@ class _Mined(NamedTuple):
 
 
 def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
-    """Mine one data set; what was found and what it cost goes into `report`."""
+    """Mine one data set; what is to be said of it goes into `report`."""
     if one.window != one.asked:
         _note_window(one, report)
 
     # 1. Rank: for each anchor the teacher's best positives.
-    neighbors = _rank(one, config, device, report)
+    neighbors = _rank(one, config, device)
     report.recall = neighbors.recall
     if one.auto:
         one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
-    with _stage(report, "graph", one.progress):
+    with _stage("graph", one.progress):
         edges = "mutual" if config.method == "published" else "union"
         graph = build_graph(neighbors, one.window, text=one.text, edges=edges, seed=config.seed)
         release_pages(neighbors.ids, neighbors.scores, one.anchors, one.positives)
 
     # 3. Cut into clusters, of any sizes at first, then of equal ones.
-    with _stage(report, "communities", one.progress):
+    with _stage("communities", one.progress):
         begun = _begin(one, config, graph, neighbors)
-    with _stage(report, "refinement", one.progress) as advance:
+    with _stage("refinement", one.progress) as advance:
         ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
             begun,
@@ -334,7 +333,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     # 4. Name suspected false negatives, draw hard ones.
     negatives = None
     if config.num_negatives:
-        with _stage(report, "hard negatives", one.progress):
+        with _stage("hard negatives", one.progress):
             published = config.method == "published"
             if published and one.labels:
                 few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
@@ -344,11 +343,11 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
-def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
+def _rank(one: _Set, config: SettledConfig, device: str | None) -> Neighbors:
     """The neighbours, by exact or by approximate search."""
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(one.anchors) <= EXACT_ROWS)
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
-    with _stage(report, "neighbors", one.progress) as advance:
+    with _stage("neighbors", one.progress) as advance:
         where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
         found = search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
     anchor, positive = (side.mean(axis=0, dtype=np.float64) for side in (one.anchors, one.positives))
@@ -426,10 +425,8 @@ def _note_window(one: _Set, report: MiningReport) -> None:
 
 
 @contextmanager
-def _stage(report: MiningReport, name: str, progress: Progress) -> Iterator[Callable[[float], None]]:
-    """Measure a stage and say where it is; yields the function that reports its fraction."""
+def _stage(name: str, progress: Progress) -> Iterator[Callable[[float], None]]:
+    """Say where a stage is; yields the function that reports its fraction."""
     progress(name, 0.0)
-    with Measure() as measure:
-        yield partial(progress, name)
-    report.seconds[name], report.peak_bytes[name] = measure.seconds, measure.peak_bytes
+    yield partial(progress, name)
     progress(name, 1.0)
