@@ -17,10 +17,8 @@ import torch
 from anybatch.core.resources import Measure
 from anybatch.insight import markdown_table
 from anybatch.mining import (
-    Audit,
     MiningConfig,
     Window,
-    audit_clusters,
     build_graph,
     equal_clusters,
     exact_neighbors,
@@ -28,6 +26,7 @@ from anybatch.mining import (
     mine_plan,
 )
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
+from benchmarks.clusters import Audit, audit_clusters
 
 SKIP, TAKE, SIZE = 30, 100, 32
 LAMBDAS = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)

@@ -27,11 +27,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from anybatch.core.resources import Measure, resident_bytes
 from anybatch.insight import markdown_table
 from anybatch.mining import MiningConfig, exact_neighbors, mine_plan
+from benchmarks.clusters import audit_of
 
 FOLDER = Path("docs/benchmarks")
-STAGES = ("neighbors", "graph", "communities", "refinement", "audit", "figures")
+STAGES = ("neighbors", "graph", "communities", "refinement", "figures")
 STEP = 20_000  # rows made at once
 SKIP, TAKE = 30, 70  # a hundred neighbours
 
@@ -67,33 +69,39 @@ def measure(options: argparse.Namespace) -> None:
     folder = options.scratch / f"neighbors-{num_rows}-{options.neighbors}"
     resumed = folder.exists()
     last = {"stage": "", "done": -1.0}
-    began: dict[str, float] = {}
+    began: dict[str, tuple[float, float]] = {}
+    seconds: dict[str, float] = {}
     used: dict[str, float] = {}  # processor seconds: on a shared machine they say more than the clock
+    peaks: dict[str, int] = {}
+    memory = Measure()
 
     def show(stage: str, done: float) -> None:
-        began.setdefault(stage, time.process_time())
-        used[stage] = round(time.process_time() - began[stage], 2)
+        if stage not in began:
+            began[stage], memory.peak_bytes = (time.perf_counter(), time.process_time()), resident_bytes()
+        seconds[stage] = time.perf_counter() - began[stage][0]
+        used[stage], peaks[stage] = round(time.process_time() - began[stage][1], 2), memory.peak_bytes
         if stage != last["stage"] or done >= float(last["done"]) + 0.1:
             last.update(stage=stage, done=done)
             print(f"{num_rows}: {stage} {done:.0%}", flush=True)
 
     before = {"margin": None, "conflict_weight": 3.0}  # the defaults that the table was made with
     config = MiningConfig(cluster_size=32, window=(SKIP, TAKE), neighbors=options.neighbors, **before)
-    report = mine_plan(anchors, positives, config=config, folder=folder, progress=show).report
+    with memory:
+        result = mine_plan(anchors, positives, config=config, folder=folder, progress=show)
+    audit = audit_of(result)
     shutil.rmtree(folder)
-    assert report.audit is not None
     line = {
         "rows": num_rows,
         "neighbors": options.neighbors,
         "threads": options.threads,
         "resumed": resumed,
         "load": round(os.getloadavg()[0], 1),
-        "recall": report.recall,
-        "seconds": report.seconds,
+        "recall": result.report.recall,
+        "seconds": seconds,
         "cpu_seconds": used,
-        "peak_bytes": report.peak_bytes,
-        "window": report.audit.window_per_anchor,
-        "conflicts": report.audit.conflicts_per_anchor,
+        "peak_bytes": peaks,
+        "window": audit.window_per_anchor,
+        "conflicts": audit.conflicts_per_anchor,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "mining_scale.jsonl").open("a", encoding="utf-8") as file:

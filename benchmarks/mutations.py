@@ -63,6 +63,7 @@ MUTATIONS = [
     *of(
         "losses/engine/solver.py",
         "losses/test_engine.py",
+        ("(side.objective * side.row_weight).sum()", "side.objective.sum()"),
         ("num_rows_all = sum(layout.row_sizes) * len(sides)", "num_rows_all = sum(layout.row_sizes)"),
         ("d_anchors -= total_B1 * own_BD", "d_anchors += total_B1 * own_BD"),
         ("d_candidates[: len(anchors)] -= total_B1 * anchors", "pass"),
@@ -78,15 +79,14 @@ MUTATIONS = [
     *of(
         "losses/engine/directions.py",
         "losses/test_engine.py",
-        ("reference - self.side.row_weight.detach().log()", "reference + self.side.row_weight.detach().log()"),
-        ("else self.objective * self.side.row_weight).sum()", "else self.objective).sum()"),
+        ("self.temperature.log() - self.row_weight.log()", "self.temperature.log() + self.row_weight.log()"),
         ("if self.removing else logits_bm.shape[1] - 1", "if self.removing else logits_bm.shape[1]"),
         ("counts[self.layout.shifted(rows)] -= 1", "pass"),
         ("torch.full_like(positive_B, sum(column_sizes) - 1)", "torch.full_like(positive_B, sum(column_sizes))"),
         ("peak = finite(logits.amax(dim=dim))", "peak = logits.amax(dim=dim)"),
         ("(difference_B - total_B * self.positive)", "difference_B"),
         ("(reference_b - finite(self.log_denominator[rows])).exp()", "1.0"),
-        ("total = -self.positive_weight / self.temperature", "total = -self.positive_weight"),
+        ("-self.positive_weight / self.temperature * self.row_weight", "-self.positive_weight / self.temperature"),
         (
             "self.reference_A = distributed.gather_rows(self.reference()",
             "self.reference_A = distributed.gather_rows(self.log_denominator",
@@ -135,7 +135,7 @@ MUTATIONS = [
         ("torch.where(cluster < 0, loose, other)", "torch.where(cluster < 0, other, loose)"),
         ("_of_other_tasks(queries, candidates) & remembered.bool()", "_of_other_tasks(queries, candidates)"),
         ('(self.of == "anchor") != back', 'self.of == "anchor"'),
-        ("any(_is_normalised(term", "all(_is_normalised(term"),
+        ('any(getattr(term, "normalised"', 'all(getattr(term, "normalised"'),
         ('(task[:, None] == memory["task"]).sum(dim=1)', "num_remembered"),
     ),
     *of(

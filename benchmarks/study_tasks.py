@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import sysconfig
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 
 from anybatch.core.files import digest_of
-from anybatch.data.retrieval import read_retrieval
+from anybatch.data.retrieval import RetrievalData, read_retrieval
 
 TEXTS = ("arxiv", "scifact", "snli", "docstrings")
 ARXIV = {"train": 10_000, "dev": 1_000, "test": 2_000}
@@ -159,7 +160,12 @@ def _arxiv(folder: Path, limit: int | None) -> Task:
 
 def _scifact(folder: Path) -> Task:
     files = [folder / name for name in ("corpus.jsonl.gz", "queries.jsonl.gz", "qrels.tsv")]
-    judged, test = (read_retrieval(*files, split=split) for split in ("train", "test"))
+    header, *lines = files[2].read_text(encoding="utf-8").splitlines()
+    split_at = header.split("\t").index("split")
+    judged, test = (
+        _judgements(files[:2], [header, *(line for line in lines if line.split("\t")[split_at] == split)])
+        for split in ("train", "test")
+    )
     documents = _lines(files[0])
     corpus, place = [row["text"] for row in documents], {row["id"]: n for n, row in enumerate(documents)}
     claims = [
@@ -178,6 +184,13 @@ def _scifact(folder: Path) -> Task:
     ]
     anchors, positives = zip(*pairs, strict=True)
     return Task(name="scifact", anchors=anchors, positives=positives, dev=searches[:1], test=searches[1:])
+
+
+def _judgements(files: list[Path], lines: list[str]) -> RetrievalData:
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+        file.flush()
+        return read_retrieval(*files, file.name)
 
 
 def _snli(folder: Path) -> Task:

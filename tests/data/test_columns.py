@@ -285,17 +285,6 @@ def test_ids_that_are_none(tmp_path, identity):
         read_retrieval(corpus, queries, tmp_path / "qrels.tsv")
 
 
-def test_splits_of_judgements_are_said(tmp_path, said):
-    corpus = write(tmp_path / "corpus.jsonl", [{"_id": "1", "text": "a"}])
-    queries = write(tmp_path / "queries.jsonl", [{"_id": n, "text": "a"} for n in range(3)])
-    (tmp_path / "qrels.tsv").write_text(
-        "query-id\tcorpus-id\tscore\tsplit\n0\t1\t1\ttest\n1\t1\t0\ttest\n2\t1\t1\ttrain\n"
-    )
-    data = read_retrieval(corpus, queries, tmp_path / "qrels.tsv", split="test")
-    assert data.relevance == {"0": {"1": 1}, "1": {"1": 0}}
-    assert "not used: 1 queries without judgements, split 'train' (1 judgements)." in said()[0]
-
-
 @pytest.mark.parametrize(
     ("bad", "ending"),
     [

@@ -9,7 +9,7 @@ import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.family import EMC2, NUCLR, SCENT, GloFND
-from anybatch.family.emc2 import _Chain, _Chained
+from anybatch.family.emc2 import _Visit
 from anybatch.losses import DecoupledInfoNCE, SogCLR
 from anybatch.losses.engine.candidates import Layout
 from anybatch.losses.parts import Batch
@@ -210,18 +210,11 @@ class TestEMC2:
         logits[range(rows), range(rows)] = -torch.inf
         logits[2, 5:8] = -torch.inf
         start = torch.tensor([torch.nan, 0.3, -1.0, 50.0, torch.nan], dtype=torch.float64)
-        rule = _Chained()
-        chain = _Chain(
-            rule=rule,
-            start=start,
-            positive=positive,
-            temperature=torch.tensor(tau),
-            layout=Layout.of(rows, columns, scores.device),
-            burn_in=burn_in,
-            seed=3,
-        )
+        layout = Layout.of(rows, columns, scores.device)
+        chain = _Visit(start=start, positive=positive, layout=layout, burn_in=burn_in, seed=3)
+        chain.temperature = torch.tensor(tau)
         uniform = chain._uniform(slice(0, rows), columns, scores.device).double()
-        shares = chain(slice(0, rows), scores, logits.clone()).exp()
+        shares = chain.run(slice(0, rows), scores, logits.clone()).exp()
         for i in range(rows):
             state, place, held = start[i].item(), None, []
             for step, j in enumerate(chain.columns):

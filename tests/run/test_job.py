@@ -403,7 +403,7 @@ class TestDamage:
         """Every sealed file of a run in the place of every other."""
         job.train(config)
         folder = Path(config.output)
-        write_json(folder / "mining.json", {"plan": "", "audit": {}})
+        write_json(folder / "mining.json", {"plan": "", "figures": {}})
         sealed = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and MARK in path.read_bytes()}
         assert {"metrics.json", "metrics_untrained.json", "config.yaml", "plan.safetensors", CONTENTS} <= {
             path.name for path in sealed

@@ -24,9 +24,9 @@ class BlockArrays:
     """Named arrays and a record of which blocks of them are finished.
 
     In a folder each array is `NAME.npy`, `finished.npy` holds a digest of each finished block (zeros for the others),
-    and `identity.json` says of which inputs the work is. A block is recorded after its numbers were flushed; damaged
-    blocks are done again. Ranks write different rows of the same files: their file system must map files coherently
-    (one machine always does). The space is taken from the disk at once, because a full disk under a mapped file kills.
+    and `identity.json` says of which inputs the work is. Damaged blocks are done again. Ranks write different rows of
+    the same files: their file system must map files coherently (one machine always does). The space is taken from the
+    disk at once, because a full disk under a mapped file kills.
 
     Args:
         shapes: Name to (shape, dtype) of each array.
@@ -169,9 +169,7 @@ def _fits(path: Path, shape: tuple[int, ...], dtype: type) -> bool:
 
 
 def release_pages(*arrays: object) -> None:
-    """Let the process drop the pages of mapped files, which would count against a container's limit; it reads them
-    again when it needs them. Others are left alone.
-    """
+    """Drop the pages of mapped files, which count against a container's limit; they are read again when needed."""
     for array in arrays:
         mapped = array
         while isinstance(mapped, np.ndarray):  # a part of a mapped array leads to it, and that to the map

@@ -1,6 +1,4 @@
-"""Configuration: frozen dataclasses that check themselves, whether made in Python or from a file (`yaml_files`).
-Choices are `Literal`s, ranges `Annotated[int, Range(...)]`, and all numbers are finite.
-"""
+"""Configuration: frozen dataclasses that check themselves, whether made in Python or from a file (`yaml_files`)."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 class Configuration:
-    """Base of the configuration classes, which are frozen dataclasses. What every field may be is its annotation.
+    """Base of the configuration classes. What a field may be is its annotation: `Literal` choices, `Annotated` ranges.
 
     A class that checks more calls `super().__post_init__()` first. `section` is what messages put before the names.
 

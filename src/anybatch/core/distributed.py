@@ -82,10 +82,7 @@ def barrier() -> None:
 
 
 def agree(error: Exception | None = None) -> None:
-    """All ranks go on, or none does: what one rank alone found (`error`) is raised on every rank. One collective.
-
-    A rank that raised by itself would leave the others waiting in their next collective.
-    """
+    """All ranks go on, or none does, so that none waits: what one found (`error`) is raised on each. One collective."""
     if is_active():
         words = "" if error is None else str(error) if isinstance(error, AnybatchError) else repr(error)
         said: list[str | None] = [None] * world_size()

@@ -18,7 +18,7 @@ from anybatch.data.columns import cell_of
 from anybatch.data.inputs import Column, row_keys
 from anybatch.data.reading import ImagePool, content_of
 from anybatch.data.records import column_names, no_column, records
-from anybatch.data.sets import files_of
+from anybatch.data.sets import files_of, is_plain_folder
 
 logger = logging.getLogger("anybatch")
 LISTS = (".parquet", ".jsonl", ".jsonl.gz", ".json")  # files whose cells may be lists
@@ -74,8 +74,7 @@ class CandidateSets:
 def find_candidates(path: str | os.PathLike[str]) -> dict[str, Path]:
     """The evaluation sets in MMEB's layout that a path names, by their names: a folder a task, or one; else none."""
     folder = Path(path)
-    plain = folder.is_dir() and not (folder / "state.json").exists()
-    if not plain:
+    if not is_plain_folder(folder):
         return {folder.name.split(".")[0]: folder} if folder.exists() and _has_targets(folder) else {}
     if _has_targets(folder):
         return {folder.name: folder}
@@ -84,7 +83,7 @@ def find_candidates(path: str | os.PathLike[str]) -> dict[str, Path]:
 
 def _has_targets(path: Path) -> bool:
     """Whether a file, or the first of a folder, has the columns of such a set."""
-    if path.is_dir() and not (path / "state.json").exists():
+    if is_plain_folder(path):
         files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name.lower().endswith(LISTS)]
         return bool(files) and _has_targets(files[0])
     return path.name.lower().endswith(LISTS) and {QUERY[0], TARGET[0]} <= set(column_names(path))

@@ -80,9 +80,8 @@ def choose_columns(
     negatives: Sequence[str] | None,
     where: str,
 ) -> Chosen:
-    """The columns of a file that were named; where none was, the first of `CONVENTIONS` that is present, in small
-    letters or others, and as negatives all that are called negative, neg_1, hard_negative_2 and the like, by their
-    numbers. Beside a column that nobody named go those of its side's images, such as query_image and pos_image_path.
+    """The columns of a file that were named, else the first of `CONVENTIONS` that is present, in any case of letters,
+    and as negatives all that are called so, by their numbers; beside them the columns of their sides' images.
     """
     given = [(name,) if isinstance(name, str) else tuple(name or ()) for name in (anchor, positive)]
     for name in (*given[0], *given[1], *(negatives or ())):
@@ -176,9 +175,7 @@ def cell_of(
 
 
 def _entry(value: Any, stored: bool) -> Any:
-    """One content: a text, the place of an image, or of {"text": ..., "image": ...} both; "" for nothing. ValueError
-    says what else it is.
-    """
+    """One content: a text, the place of an image, or both; "" for nothing. ValueError says what else it is."""
     if value is None or isinstance(value, str):
         return value if value and value.strip() else ""
     if stored and isinstance(value, int):
@@ -223,9 +220,7 @@ class BadRows:
         self.errors.setdefault(row, error)
 
     def check(self, left_out_of: str = "") -> None:
-        """Raise what was said of the first, with the number of all and the first five of them; or warn, where they are
-        left out of a file.
-        """
+        """Raise what was said of the first, with all that are refused; or warn, where they are left out of a file."""
         rows = sorted(self.errors)
         if not rows:
             return
@@ -245,16 +240,15 @@ class BadRows:
 def spread(
     sides: Mapping[str, Sequence[Any]], anchor: str, positive: str, where: str
 ) -> tuple[dict[str, list[list[Any]]], np.ndarray | None, list[str]]:
-    """One text (or other content) a cell: several positives of a row are pairs of their own, several negatives are
-    columns, in which a row that has fewer has None.
+    """One content a cell: several positives of a row are pairs of their own, several negatives are columns, in which a
+    row that has fewer has None.
 
     Args:
         sides: The cells of each side in row order: one content, a list of several, or None for no negative.
-        anchor, positive: Which of the sides they are; one that is not among them has one content a row.
+        anchor, positive: Which of the sides they are.
 
     Returns:
-        The columns of each side, one or (of negatives) several; the rows that the pairs are of, None for all, each
-        once; and remarks on what was made of lists.
+        The columns of each side; the rows that the pairs are of, None for all, each once; and remarks on lists.
     """
     remarks: list[str] = []
     lists = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -123,13 +123,7 @@ class Rows(Sequence[Content]):
     def _at(self, row: int) -> Content:
         """What is in a row, counted from 0."""
 
-    @overload
-    def __getitem__(self, index: int) -> Content: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Self: ...
-
-    def __getitem__(self, index: int | slice) -> Content | Self:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.select(np.arange(*index.indices(len(self))))
         return self._at(range(len(self))[index])

@@ -83,11 +83,6 @@ class MixedColumn(Rows[MixedInput]):
             np.concatenate(places),
         )
 
-    @property
-    def where(self) -> str:
-        """Files and columns of its images."""
-        return "" if self.images is None else self.images.where
-
     @cached_property
     def has_images(self) -> np.ndarray:
         """(n,) bool."""
@@ -230,14 +225,12 @@ def describe(value: str | EncodedImage | MixedInput, row: int) -> str:
 def guest_input(value: str | EncodedImage | MixedInput) -> str | Image | dict[str, Any]:
     """What a sentence-transformers model takes for a row: the text, the image (RGB), or {"image": ..., "text": ...}.
 
-    So says sentence-transformers 6.2 (`base/modality.py`): such a dictionary may hold one image or a list of them. A
-    model with a chat template makes one user message of it, whose parts are in the dictionary's order; one without
+    A model with a chat template makes one user message of such a dictionary, whose parts are in its order; one without
     takes it if it has the modality ("image", "text"), else it refuses it by name. Rows of several kinds share a forward
-    pass in a model with a chat template alone.
+    pass in a model with a chat template alone (sentence-transformers 6.2, `base/modality.py`).
 
     The placeholders `<|image_1|>` of MMEB's texts are left out, with the white space behind them: the images come
-    before the text, or behind a text that ends with a placeholder. (The dictionary has no place for images amid a
-    text.) A text without images stays as it is.
+    before the text, or behind one that ends with a placeholder. A text without images stays as it is.
     """
     if isinstance(value, str):
         return value

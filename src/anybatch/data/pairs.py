@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -103,9 +103,7 @@ class PairData:
 
     @cached_property
     def prompted(self) -> list[Column]:
-        """Anchors, positives and negatives (None where a row has fewer) as the model reads them, with the instructions
-        of their data sets.
-        """
+        """Anchors, positives and negatives as the model reads them, with the instructions of their data sets."""
         columns: list[Any] = [self.anchors, self.positives, *self.negatives]
         if not any(part.anchor_prompt or part.positive_prompt for part in self.sets):
             return columns
@@ -145,23 +143,22 @@ def text_digest(columns: Sequence[NegativeColumn]) -> str:
 
 
 def join_pairs(parts: Sequence[PairData], sets: Sequence[PairSet]) -> PairData:
-    """Several data sets, one after the other. One with fewer explicit negatives than others has none in their place."""
+    """Several data sets, one after the other, under different names."""
     names = [part.name for part in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise AnybatchError(f"Two data sets are called '{twice[0]}'. Give each its own name (data.sets[].name).")
+    return replace(join_rows(parts, ", ".join(part.source for part in parts)), sets=tuple(sets))
+
+
+def join_rows(parts: Sequence[PairData], source: str) -> PairData:
+    """Parts of one data set, one after the other; no negative where a part has fewer columns of them than others."""
     sides = [(part.anchors, part.positives, *part.negatives) for part in parts]
     anchors, positives, *negatives = (
         join_columns([side[place] if place < len(side) else [None] * len(side[0]) for side in sides])
         for place in range(max(map(len, sides)))
     )
-    return PairData(
-        anchors=anchors,
-        positives=positives,
-        negatives=tuple(negatives),
-        source=", ".join(part.source for part in parts),
-        sets=tuple(sets),
-    )
+    return PairData(anchors=anchors, positives=positives, negatives=tuple(negatives), source=source)
 
 
 def _identify(columns: Sequence[NegativeColumn]) -> list[np.ndarray]:

@@ -25,8 +25,8 @@ from anybatch.data.columns import (
     warn_of_columns,
 )
 from anybatch.data.images import ImageColumn, find_images
-from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn, join_columns
-from anybatch.data.pairs import PairData
+from anybatch.data.inputs import NONE, PLACEHOLDER, Column, MixedColumn
+from anybatch.data.pairs import PairData, join_rows
 from anybatch.data.records import PEEK, Quoting, column_names, records
 from anybatch.data.sets import files_of
 
@@ -50,12 +50,10 @@ def read_pairs(
 
     Args:
         path: JSONL, CSV or TSV (each also `.gz`), Parquet, a folder saved by `datasets`, or a data set of the Hugging
-            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out), or with a configuration
-            hf://OWNER/NAME/CONFIGURATION/SPLIT. Several files of one data set: a pattern, or the folder in which they
-            are all.
-        anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image` of Parquet files and
-            data sets, or paths of files), or several, a text with images. None for conventional ones: anchor and
-            positive, query and pos, question and answer, and others (`anybatch.data.columns.CONVENTIONS`), with the
+            Face hub: hf://OWNER/NAME, hf://OWNER/NAME:SPLIT ("train" if left out), or
+            hf://OWNER/NAME/CONFIGURATION/SPLIT. Several files of one data set: a pattern, or their folder.
+        anchor, positive: Names of the columns: a text, or images (the feature `datasets.Image`, or paths of files), or
+            several, a text with images. None for conventional ones (`anybatch.data.columns.CONVENTIONS`), with the
             columns of images that belong to them: query_image, pos_image_path and the like.
         negatives: Names of columns with explicit negatives; neg_text and neg_image_path, or the like, are one. None for
             those called negative, neg, negative_1 and the like; () for none.
@@ -67,9 +65,8 @@ def read_pairs(
         skip_bad: Leave out rows with an empty side, a value that is no text, or an image that is missing or broken, and
             say how many and which. A line that cannot be read at all is refused all the same.
 
-    In JSON lines, Parquet and data sets a cell may hold a list. Several positives of a row are pairs of their own.
-    Several negatives of a row are columns, in which rows with fewer have none. Several images of an anchor, or of a
-    positive with one text, are parts of it.
+    A cell may hold a list. Several positives of a row are pairs of their own. Several negatives of a row are columns,
+    in which rows with fewer have none. Several images of an anchor, or of a positive with one text, are parts of it.
 
     Raises:
         AnybatchError: No such file, unknown format, no rows, a line that cannot be read, a column that is not there, a
@@ -85,14 +82,7 @@ def read_pairs(
         parts.append(_read_file(file, anchor, positive, negatives, images, quoting, left, skip_bad))
         if left is not None and (left := left - len(parts[-1])) <= 0:
             break
-    if len(parts) == 1:
-        return parts[0]
-    columns = [(part.anchors, part.positives, *part.negatives) for part in parts]
-    anchors, positives, *others = (
-        join_columns([of_part[place] if place < len(of_part) else [None] * len(of_part[0]) for of_part in columns])
-        for place in range(max(map(len, columns)))
-    )
-    return PairData(anchors=anchors, positives=positives, negatives=tuple(others), source=str(path))
+    return parts[0] if len(parts) == 1 else join_rows(parts, str(path))
 
 
 def _read_file(
@@ -391,9 +381,7 @@ def content_of(entry: Any, row: int, name: str, pool: ImagePool) -> Content:
 def _whole(
     main: list[Content], images: list[int], listed: list[int | None] | None, found: str
 ) -> Content | list[Content] | None:
-    """What a row's cells hold together: one content, or several where there is a list of them, or of images with one
-    for each; None for nothing.
-    """
+    """What a row's cells hold together: one content, or several where a cell holds a list; None for nothing."""
     main = main or [(None, ())]
     if listed is not None and len(main) == 1 and main[0] == (None, ()):
         main = main * len(listed)

@@ -67,9 +67,7 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
 def records(
     path: Path, names: Sequence[str] | None = None, quoting: Quoting | None = None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file or data set as mappings, `names` of their columns or all; rows of JSON lines come whole, and
-    may lack some. `quoting` as in `read_pairs`.
-    """
+    """The rows of a file or data set, `names` of their columns or all; those of JSON lines come whole, or lack some."""
     kind = _kind(path)
     if kind in (".csv", ".tsv"):
         return _csv_records(path, names, quoting)
@@ -184,9 +182,7 @@ def _csv_records(path: Path, names: Sequence[str] | None, quoting: Quoting | Non
 
 
 def _csv_rows(path: Path, quoting: Quoting | None) -> Iterator[list[str]]:
-    """Header and rows of one width. A quote that opens a field and swallows rows is found: by what follows the closing
-    one, or as ambiguous.
-    """
+    """Header and rows of one width. A quote that swallows rows is found by what follows the closing one, or said."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     rules = csv.QUOTE_NONE if quoting == "raw" else csv.QUOTE_MINIMAL
@@ -238,9 +234,7 @@ def _could_be_rows(row: list[str], delimiter: str) -> bool:
 
 
 def _has_plain_lines(path: Path, delimiter: str, width: int) -> bool:
-    """Whether a file can be read without quoting: no name of a column is quoted, and nearly every line (9 of 10; the
-    others may be quoted ones) has a row's number of fields.
-    """
+    """Whether a file can be read without quoting: no column's name is quoted, 9 of 10 lines have a row's width."""
     with _open(path, newline="") as file:
         if file.readline().startswith('"'):
             return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +60,6 @@ def read_retrieval(
     queries: str | os.PathLike[str],
     qrels: str | os.PathLike[str],
     *,
-    split: str | None = None,
     quoting: Quoting | None = None,
 ) -> RetrievalData:
     """Read a retrieval set in BEIR's layout. Ids are compared as texts; what is not used is said to the log.
@@ -69,8 +67,7 @@ def read_retrieval(
     Args:
         corpus: JSONL with `id` (or `_id`), `text` and optionally `title`.
         queries: JSONL with `id` (or `_id`) and `text`.
-        qrels: TSV with a header: query id, document id, grade, optionally `split`.
-        split: Keep only this split of `qrels`, which must then have a column `split`.
+        qrels: TSV with a header: query id, document id, grade.
         quoting: Of TSV and CSV, see `read_pairs`.
     """
     documents = {
@@ -79,15 +76,12 @@ def read_retrieval(
     }
     texts = {identity: record["text"] for identity, record in _by_id(Path(queries), quoting)}
     relevance: dict[str, dict[str, int]] = {}
-    splits: Counter[str] = Counter()
+    splits: set[str] = set()
     names = column_names(Path(qrels), quoting)
     if "score" not in names:
         raise no_column("score", names, str(qrels))
     for row, record in enumerate(records(Path(qrels), quoting=quoting), start=1):
-        if "split" in record:
-            splits[str(record["split"])] += 1
-            if split is not None and record["split"] != split:
-                continue
+        splits.add(str(record.get("split")))
         query = _id(record, ("query_id", "query-id", "qid"), row, qrels)
         document = _id(record, ("doc_id", "corpus-id", "corpus_id", "docid"), row, qrels)
         if query not in texts or document not in documents:
@@ -99,10 +93,15 @@ def read_retrieval(
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
             second = f"grades document {document} for query {query} a second time, and differently"
             raise AnybatchError(f"Row {row} of {qrels} {second}. Keep one grade.")
-    _check_judgements(relevance, splits, split, qrels)
-    others = ", ".join(f"{name!r} ({count} judgements)" for name, count in splits.items() if name != split)
+    if len(splits) > 1:
+        raise AnybatchError(f"{qrels} has the splits {', '.join(sorted(splits))}. Write one file for each.")
+    if not relevance:
+        raise AnybatchError(f"{qrels} has no judgements.")
+    if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
+        raise AnybatchError(
+            f"No judgement in {qrels} has a grade above 0: no document is relevant. Is 'score' the right column?"
+        )
     unused = f"{len(texts) - len(relevance)} queries without judgements"
-    unused += f", split {others}" if split is not None and others else ""
     logger.info("%s: %d judged queries, %d documents; not used: %s.", qrels, len(relevance), len(documents), unused)
     return RetrievalData(
         query_ids=list(relevance),
@@ -111,23 +110,6 @@ def read_retrieval(
         corpus_texts=list(documents.values()),
         relevance=relevance,
     )
-
-
-def _check_judgements(
-    relevance: Mapping[str, Mapping[str, int]], splits: Counter[str], split: str | None, qrels: object
-) -> None:
-    present = ", ".join(sorted(splits))
-    if split is not None and not splits:
-        raise AnybatchError(f"Asked for split {split!r}, but {qrels} has no column 'split'. Leave split (--split) out.")
-    if split is None and len(splits) > 1:
-        raise AnybatchError(f"{qrels} has the splits {present}. Choose one with split (--split).")
-    if not relevance:
-        wanted = f" of split {split!r}" if split else ""
-        raise AnybatchError(f"{qrels} has no judgements{wanted}{f'; it has the splits {present}' if splits else ''}.")
-    if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
-        raise AnybatchError(
-            f"No judgement in {qrels} has a grade above 0: no document is relevant. Is 'score' the right column?"
-        )
 
 
 def _id(record: Mapping[str, Any], names: Sequence[str], row: int, where: object) -> str:

@@ -26,12 +26,11 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
     Of a folder its files and saved data sets, those of its folders (one a task), or the splits of a `DatasetDict`; of a
     pattern such as data/*.jsonl what matches it. Splits that are meant for testing are refused. Files such as
-    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task,
-    `original` and `diverse_instruction`, the first is used; a pattern such as MMEB-train/*/diverse_instruction-* names
-    the second.
+    train-00000-of-00002.parquet are one data set, for which a pattern stands. Of MMEB's splits of a task `original` is
+    used; a pattern such as MMEB-train/*/diverse_instruction-* names another.
     """
     path = Path(path)
-    if _is_plain_folder(path):
+    if is_plain_folder(path):
         sets = list(_sets_of(path))
         if not sets:
             raise AnybatchError(f"{path} is a folder without data sets. Expected files or folders of these: {FORMATS}.")
@@ -55,7 +54,7 @@ def find_sets(path: str | os.PathLike[str]) -> dict[str, Path]:
 
 def files_of(path: Path) -> list[Path]:
     """The files of one data set, in order: itself; those that a pattern matches, or that are all in a folder."""
-    if _is_plain_folder(path):
+    if is_plain_folder(path):
         inner = _one_wording(_sets_in(path))
         if len(inner) > 1:
             names = ", ".join(name for name, _ in inner)
@@ -74,7 +73,8 @@ def _held_out(name: str, path: Path) -> str | None:
     return next((tar.name for tar in tars if HELD_OUT.match(tar.name)), None)
 
 
-def _is_plain_folder(path: Path) -> bool:
+def is_plain_folder(path: Path) -> bool:
+    """Whether it is a folder, and no saved data set."""
     return path.is_dir() and not (path / "state.json").exists()
 
 
@@ -102,7 +102,7 @@ def _sets_of(path: Path) -> Iterator[tuple[str, Path]]:
         return
     yield from _one_wording(_sets_in(path))
     for folder in sorted(path.iterdir()):
-        if not _is_plain_folder(folder):
+        if not is_plain_folder(folder):
             continue
         inner = _one_wording(_sets_in(folder))  # one folder a task
         if not inner and not IMAGES.match(folder.name):
@@ -127,9 +127,7 @@ def _sets_in(folder: Path) -> list[tuple[str, Path]]:
 
 
 def _grouped(files: Iterable[Path], tars: str = "*.tar") -> list[tuple[str, Path]]:
-    """Data sets with their names; the files of one as a pattern. Of a folder the tars, those that the pattern `tars`
-    names, are one data set.
-    """
+    """Data sets with their names; the files of one as a pattern. A folder's tars, named by `tars`, are one set."""
     sets: dict[Path, str] = {}
     for file in files:
         if file.suffix.lower() == ".tar":

@@ -24,10 +24,9 @@ class DebiasedInfoNCE(SoftmaxLoss):
         loss = mean_i log(1 + N g_i / exp(s_ip / tau))
 
     over the N candidates but the positive: if a share `tau_plus` of them have the anchor's class, and the positive
-    stands for that class, g_i is the mean over the others. No mean of similarities can be below exp(-1 / tau), where
-    the estimate is clamped: there the negatives receive no gradient, and the positive that of the clamped term. A
-    masked candidate is one of the N and adds nothing, so `tau_plus` is the share of false negatives that no mask
-    removes. A row without any negative contributes 0.
+    stands for that class, g_i is the mean over the others. Where the estimate is clamped the negatives receive no
+    gradient, and the positive that of the clamped term. A masked candidate is one of the N and adds nothing, so
+    `tau_plus` is the share of false negatives that no mask removes. A row without any negative contributes 0.
 
     When: a known share of the negatives is false, and no ids tell which. Evidence: the formula is tested; no training
     of ours.
@@ -53,11 +52,7 @@ class DebiasedInfoNCE(SoftmaxLoss):
     lacks: ClassVar = {"normalize": "normalises in any case, as its clamp supposes"}
 
     def __init__(
-        self,
-        *,
-        tau_plus: Annotated[float, Range(0, 1)] = 0.1,
-        temperature: Positive = 0.5,
-        **scoring: Unpack[Scoring],
+        self, *, tau_plus: Annotated[float, Range(0, 1)] = 0.1, temperature: Positive = 0.5, **scoring: Unpack[Scoring]
     ) -> None:
         if not 0 <= tau_plus < 1:
             raise AnybatchError(

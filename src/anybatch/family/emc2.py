@@ -1,6 +1,4 @@
-"""EMC2: negatives drawn from the anchor's own softmax by one Markov chain an anchor that goes on from visit to
-visit.
-"""
+"""EMC2: negatives drawn from the anchor's own softmax by a Markov chain that goes on from visit to visit."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ class EMC2(SoftmaxLoss):
     whose stationary distribution over visits is the softmax over all the data, so the gradient's bias goes with the
     drift of the encoder and not with the batch size. A state of an earlier batch has no embedding in this one: the
     anchor has no negative while the chain stays there, which costs most of the gradient when the temperature is low
-    (docs/log.md has figures).
-    The value of the loss is the batch's own `mean_i log_sum_i` (decoupled InfoNCE), for orientation; the gradient is
-    not the gradient of that.
+    (docs/log.md). The value of the loss is the batch's own `mean_i log_sum_i`, of which the gradient is not one.
 
     When: to study it. When not: low temperatures, where its gradient is too short. Evidence:
     docs/benchmarks/global_loss.md.
@@ -41,9 +37,8 @@ class EMC2(SoftmaxLoss):
     Args:
         num_rows: n, rows of the data set.
         burn_in: Share of a visit's steps that do not count, in [0, 1). Published: half the batch.
-        seed: Of the chains. They follow from (seed, number of steps, place in the batch), so a resumed run goes on as
-            if uninterrupted, and several ranks draw what one process would (with explicit negatives another sample,
-            whose order follows the ranks).
+        seed: Of the chains. They follow from (seed, number of steps, place in the batch): a resumed run goes on as if
+            uninterrupted, and several ranks draw what one process would, but with explicit negatives.
         scoring: See `OneTemperature`.
 
     Cost: 4 bytes a row and direction; M steps one after the other for all rows of a tile at once; "both" directions
@@ -66,12 +61,7 @@ class EMC2(SoftmaxLoss):
     denominator: Chains
 
     def __init__(
-        self,
-        num_rows: int,
-        *,
-        burn_in: float = 0.5,
-        seed: int = 0,
-        **scoring: Unpack[OneTemperature],
+        self, num_rows: int, *, burn_in: float = 0.5, seed: int = 0, **scoring: Unpack[OneTemperature]
     ) -> None:
         chains = Chains(num_rows, self.num_directions(scoring), burn_in=burn_in, seed=seed)
         super().__init__(None, chains, **scoring)
@@ -95,22 +85,19 @@ class Chains(Denominator):
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
         self.check_width(batch.anchors.shape[1])
-        return _Chained()
-
-    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
-        """See `Part.ask`."""
-        assert isinstance(side.rule, _Chained)
-        queries, others = batch.queries(direction), batch.others(direction)
-        chain = _Chain(
-            rule=side.rule,
-            start=self.log_weight[direction, batch.rows].to(queries.dtype),
+        return _Visit(
+            start=self.log_weight[direction, batch.rows].to(batch.anchors.dtype),
             positive=batch.similarity(direction),
-            temperature=side.temperature.detach(),
-            layout=Layout.of(len(queries), len(others), queries.device),
+            layout=Layout.of(len(batch.anchors), len(batch.others(direction)), batch.anchors.device),
             burn_in=self.burn_in,
             seed=(self.seed * 2 + direction) * 1_000_003 + int(self.num_steps),
         )
-        return replace(side, adjust=chain)
+
+    def ask(self, side: Side, batch: Batch, direction: int) -> Side:
+        """See `Part.ask`."""
+        assert isinstance(side.rule, _Visit)
+        side.rule.temperature = side.temperature.detach()
+        return replace(side, adjust=side.rule.run)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""
@@ -119,51 +106,32 @@ class Chains(Denominator):
         self.num_steps += 1
         self.embedding_width.fill_(batch.anchors.shape[1])
         for direction, side in enumerate(sides):
-            assert isinstance(side.adjust, _Chain)
-            self._keep(batch, side.adjust, direction)
+            assert isinstance(side.rule, _Visit)
+            self._keep(batch, side.rule, direction)
         return loss
 
-    def _keep(self, batch: Batch, chain: _Chain, direction: int) -> None:
+    def _keep(self, batch: Batch, visit: _Visit, direction: int) -> None:
         """Store where the chains of all ranks' rows ended."""
-        sizes = chain.layout.row_sizes
+        sizes = visit.layout.row_sizes
         rows = distributed.gather_rows(batch.rows, sizes)
-        ends = distributed.gather_rows(chain.state, sizes).to(self.log_weight.dtype)
+        ends = distributed.gather_rows(visit.state, sizes).to(self.log_weight.dtype)
         last = last_places(rows)  # of several chains of a row the last one goes on
         rows, ends = rows[last], ends[last]
         # A step that has diverged leaves no state that nothing could replace.
         self.log_weight[direction, rows] = torch.where(ends.isfinite(), ends, self.log_weight[direction, rows])
 
 
-class _Chained:
-    """The gradient weights are shares already; the objective is what the batch said before the chain."""
+class _Visit:
+    """Runs the chains of a tile's rows, each once: the weights of negatives are then shares of its steps. The objective
+    is what the batch said before. `state` (B,) is where the chains are, NaN if not started.
+    """
 
     row_wise = True
+    temperature: Tensor
 
-    def __init__(self) -> None:
-        self.batch_log_sum = torch.empty(0)
-
-    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
-        objective = self.batch_log_sum[rows]
-        return Answer(torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective))
-
-
-class _Chain:
-    """Runs the chains of a tile's rows; asked once for each row. `state` (B,) is where they end, NaN if not started."""
-
-    def __init__(
-        self,
-        *,
-        rule: _Chained,
-        start: Tensor,
-        positive: Tensor,
-        temperature: Tensor,
-        layout: Layout,
-        burn_in: float,
-        seed: int,
-    ) -> None:
-        self.rule, self.state, self.positive, self.temperature = rule, start.clone(), positive, temperature
-        self.burn_in, self.layout = burn_in, layout
-        rule.batch_log_sum = torch.full_like(start, -torch.inf)
+    def __init__(self, *, start: Tensor, positive: Tensor, layout: Layout, burn_in: float, seed: int) -> None:
+        self.state, self.positive, self.layout, self.burn_in = start.clone(), positive, layout, burn_in
+        self.batch_log_sum = torch.full_like(start, -torch.inf)
         # Columns in an order that does not depend on how they are spread over ranks: positives, then explicit
         # negatives.
         num_columns = sum(layout.column_sizes)
@@ -177,8 +145,13 @@ class _Chain:
         self.columns = self.order.tolist()
         self.draws = torch.randint(2**62, (2,), generator=generator).tolist()
 
-    def __call__(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
-        self.rule.batch_log_sum[rows] = logits.logsumexp(dim=1)
+    def __call__(self, log_sum: Tensor, num_drawn: Tensor, rows: slice) -> Answer:
+        objective = self.batch_log_sum[rows]
+        return Answer(torch.zeros_like(log_sum), torch.where(objective.isneginf(), 0.0, objective))
+
+    def run(self, rows: slice, scores: Tensor, logits: Tensor) -> Tensor:
+        """See `Adjust`."""
+        self.batch_log_sum[rows] = logits.logsumexp(dim=1)
         # Logits are relative to this visit's positive, the state is not: it was left behind by an earlier one.
         proposals = (logits + (self.positive[rows] / self.temperature)[:, None])[:, self.order].T.contiguous()
         offered = ~proposals.isneginf()

@@ -25,12 +25,9 @@ class GloFND(SoftmaxLoss):
         b_ij     = -inf where s_ij > lambda_i
         lambda_i <- lambda_i - lr (alpha - share of the batch's negatives with s_ij > lambda_i)        pinball loss
 
-    and the mean is over the others: k_i in `SogCLR` is less what is dropped, as in the paper, so that the data set is
-    that without them.
-
-    lambda_i follows the (1 - alpha) quantile of the similarities of anchor i over all the data, of which a batch alone
-    shows too little. Its first value is the batch's quantile. Negatives removed by masks count for no share, and add
-    nothing to the mean, as everywhere.
+    and the mean is over the others: k_i in `SogCLR` is less what is dropped, as in the paper. lambda_i follows the
+    (1 - alpha) quantile of the similarities of anchor i over all the data, of which a batch alone shows too little. Its
+    first value is the batch's quantile. Negatives removed by masks count for no share.
 
     When: false negatives are likely and no ids tell them. When not: ids are known; use them. Evidence: one small run in
     docs/log.md, what training says.
@@ -126,8 +123,7 @@ class _Dropping:
 
     Attributes:
         threshold: (B,) NaN for a row without one, which takes the quantile of the batch.
-        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers: a step that has
-            diverged.
+        first: (B,) that quantile; -inf for a row without negatives, or with scores that are no numbers.
         share: (B,) of the negatives above the threshold; NaN for such rows.
         dropped: (B,) how many those are.
     """

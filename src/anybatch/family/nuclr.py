@@ -30,9 +30,9 @@ class NUCLR(SoftmaxLoss):
         P_ij  = the share of candidate j in the denominator of anchor i, over all data (P_jj: of the positive, zeta_j)
         zeta_j <- zeta_j - lr * velocity_j,   derivative_j = 1 - sum over all anchors i of P_ij
 
-    The margins are the dual variables that make every candidate chosen once in sum, which is the density of candidates
-    in the discriminative model. The sum over all anchors is estimated by the batch's, times (n - 1) / (B - 1). The
-    loss's value leaves out the mean of the margins over tau, which is the same for all embeddings.
+    The margins are the dual variables that make every candidate chosen once in sum. The sum over all anchors is
+    estimated by the batch's, times (n - 1) / (B - 1). The loss's value leaves out the mean of the margins over tau,
+    which is the same for all embeddings.
 
     When: some candidates are close to everything. Evidence: one small run in docs/log.md, what training says.
 
@@ -128,8 +128,7 @@ class Margins(Part):
         if not batch.updating:
             return loss
         if int(self.num_steps) >= self.start:
-            # Before any margin moves: the derivatives of both directions belong to the margins that the loss was made
-            # with.
+            # Of both directions before any margin moves.
             derivatives = [_derivative(side, figures) for side, figures in zip(sides, stats, strict=True)]
             for direction, derivative in enumerate(derivatives):
                 heard = derivative.isfinite()
@@ -154,9 +153,7 @@ def _derivative(side: Side, figures: SoftmaxStats) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class _MarginedRule:
-    """A running log-mean with the largest margin in the positive's place; records the shares that each positive's own
-    margin gives.
-    """
+    """A running log-mean with the largest margin in the positive's place; keeps the shares by each one's own margin."""
 
     running: RunningRule
     log_own: Tensor  # (B,) log of the positive's term with its own margin

@@ -9,9 +9,8 @@ pairs:
 
 and the gradient in closed form, from tiles of scores. A method is f, g and h.
 
-Cost: three matrix products of B x M x D; `tile_bytes` of scores at a time and a few tensors of that size. With W ranks
-the collectives of `candidates.Gathered`, those of the log-weights, and two sums of a few numbers, all in the forward
-pass.
+Cost: three matrix products of B x M x D; `tile_bytes` of scores at a time and a few tensors of that size. Collectives:
+those of `candidates.Gathered` and of the log-weights, and two sums of a few numbers, all in the forward pass.
 """
 
 from __future__ import annotations
@@ -210,9 +209,8 @@ class AUCCL(PairwiseLoss):
              = Var(s+) + Var(s-) + (margin - mean s+ + mean s-)^2
 
     The second line is the min-max form of the AUC literature with its three inner variables (the two means, and the
-    multiplier margin - mean s+ + mean s-) at their exact optimum for the batch, so there are no extra parameters and no
-    second optimizer. A mean over negative pairs does not grow with the batch, which is why its optimum moves little
-    with the batch size. Log-weights weigh the mean.
+    multiplier margin - mean s+ + mean s-) at their exact optimum for the batch: no extra parameters, no second
+    optimizer. A mean over negative pairs does not grow with the batch. Log-weights weigh the mean.
 
     When: to study it. Evidence: the formula is tested; no training of ours.
 
@@ -221,8 +219,7 @@ class AUCCL(PairwiseLoss):
         scoring: See `Scoring`.
 
     Cost: no state. Reference: the square AUC loss of Ying et al. 2016, "Stochastic Online AUC Maximization", theorem 1,
-    on pairs of embeddings as proposed by Sharma et al. 2024, "AUC-CL" (ICLR); that paper follows the inner variables by
-    stochastic steps instead.
+    on pairs of embeddings as in Sharma et al. 2024, "AUC-CL" (ICLR), which follows the inner variables stochastically.
 
     Example:
         >>> import torch

@@ -63,10 +63,7 @@ class PerRowValues(State):
         return self.values[direction, index].to(dtype)
 
     def update(self, index: Tensor, gradient: Tensor, *, direction: int) -> None:
-        """One step for rows (b,), of any number on each rank, by the derivatives (b,) of their own objectives.
-
-        A row that occurs several times takes the mean of its derivatives.
-        """
+        """One step for rows (b,) by the derivatives (b,) of their objectives, the mean of a row that occurs often."""
         gradient = torch.where(gradient.isfinite(), gradient.clamp(-self.clip, self.clip), torch.nan)
         rows, mean = _mean_by_row(index, gradient.to(self.values.dtype))
         velocity = self.momentum * self.velocity[direction, rows] + (1 - self.momentum) * mean
@@ -80,9 +77,9 @@ class PerRowValues(State):
 
 
 def _mean_by_row(index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of each row's values over its occurrences on all ranks, added in a fixed order; the same on every rank.
+    """Distinct rows (r,), ascending, and the mean of each one's values on all ranks, added in a fixed order.
 
-    Of rows (r,), ascending and distinct, whose mean is a number: a step that has diverged must leave no NaN behind.
+    Those whose mean is no number are left out: a step that has diverged must leave no NaN behind.
     """
     sizes = distributed.gather_sizes(len(index), index.device)
     index_all, values_all = distributed.gather_rows(index, sizes), distributed.gather_rows(values, sizes)

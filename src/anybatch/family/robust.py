@@ -1,6 +1,4 @@
-"""FastCLIP, iSogCLR and TempNet: a running denominator, and temperatures that are learned from the dual of a robust
-loss.
-"""
+"""FastCLIP, iSogCLR and TempNet: a running denominator, and temperatures learned from the dual of a robust loss."""
 
 from __future__ import annotations
 
@@ -29,10 +27,10 @@ class FastCLIP(SoftmaxLoss):
         v2   mean_i tau_i (log(eps + u_i) + rho)         tau_i learned per row and direction, in buffers
         v3   tau (mean_i log(eps + u_i) + rho)           one learned tau
 
-    and the mean over the two directions. `u_i` is SogCLR's. The published loss is the sum of the directions, twice
-    this: "2 rho tau" there is "rho tau" here. Derivatives in tau are exact for u_i held fixed. The released code of v3
-    counts the derivative through the similarities twice against the other two terms, and divides v2's Adam step by the
-    second moment in place of its root; neither is reproduced. v2 here steps with momentum, as iSogCLR does.
+    and the mean over the two directions; the published loss is their sum: "2 rho tau" there is "rho tau" here. `u_i` is
+    SogCLR's. Derivatives in tau are exact for u_i held fixed. The released code of v3 counts the derivative through the
+    similarities twice, and divides v2's Adam step by the second moment in place of its root; neither is reproduced. v2
+    here steps with momentum, as iSogCLR does.
 
     When: two modalities, or a temperature that is not known (v3). Evidence: small runs in docs/log.md, what training
     says.
@@ -67,12 +65,7 @@ class FastCLIP(SoftmaxLoss):
 
     defaults: ClassVar[OneTemperature] = {"direction": "both"}
     unused: ClassVar = {
-        "version": {
-            "v0": ("rho",),
-            "v1": ("rho", "temperature_lr", "temperature_range"),
-            "v2": (),
-            "v3": (),
-        }
+        "version": {"v0": ("rho",), "v1": ("rho", "temperature_lr", "temperature_range"), "v2": (), "v3": ()}
     }
     denominator: RunningDenominator
 
@@ -124,12 +117,9 @@ class ISogCLR(SoftmaxLoss):
 
     (with an absolute state the positive's p is u_i / (eps + u_i) in both the derivative and the gradient).
 
-    The factor tau_i is part of the objective, because it is what makes tau_i learnable: at temperatures that stand
-    still the gradient is tau times that of `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the
-    temperature; Adam does not notice.
-
-    Temperatures and their momentum are buffers: saved in `state_dict`, updated once a call in training mode with
-    gradients enabled, by their own rate, after the gradient of the embeddings was taken at the old temperatures.
+    The factor tau_i is what makes tau_i learnable: at temperatures that stand still the gradient is tau times that of
+    `SogCLR(eps=0)`. With SGD take a learning rate larger by one over the temperature; Adam does not notice.
+    Temperatures and their momentum are buffers, updated once a call in training, by their own rate.
 
     When: long-tailed data; an anchor with many close negatives gets a high temperature. Evidence: small runs in
     docs/log.md, what training says.

@@ -40,9 +40,6 @@ class ProximalGamma(Gamma):
         shifted = old + math.log(self.alpha)
         return torch.nn.functional.logsigmoid(shifted), torch.nn.functional.logsigmoid(-shifted)
 
-    def advance(self) -> None:
-        """See `Gamma.advance`: it does not depend on the step."""
-
 
 @final
 class SCENT(SoftmaxLoss):
@@ -56,8 +53,8 @@ class SCENT(SoftmaxLoss):
 
         gamma_i = alpha exp(nu_i) / (1 + alpha exp(nu_i)),    u_i <- (1 - gamma_i) u_i + gamma_i exp(L_i)
 
-    so a row with a large denominator, whose batches vary most, follows them faster. The loss and its gradient are those
-    of `SogCLR`, absolute state and exact weight of the positive included; u_i in the step is relative to the positive.
+    The loss and its gradient are those of `SogCLR`, absolute state and exact weight of the positive included; u_i in
+    the step is relative to the positive.
 
     When: as `SogCLR`; rows with a large denominator follow their batches faster. Evidence: docs/log.md, what training
     says.
@@ -72,11 +69,8 @@ class SCENT(SoftmaxLoss):
         scoring: See `OneTemperature`.
 
     An alpha far below 1 / u_i never moves what the first visit left: where that batch held only far negatives, the
-    weight of a later near one is as large as 1 / gamma_i (alpha = 1 on the embeddings of
-    docs/benchmarks/global_loss.md: gradients a hundred times too long).
-
-    A row's first visit takes the batch's value whole; that is a flag of its own (the released code takes nu = 0 for
-    it).
+    weight of a later near one is as large as 1 / gamma_i (alpha = 1 in docs/benchmarks/global_loss.md: gradients a
+    hundred times too long). A row's first visit takes the batch's value whole (the released code takes nu = 0 for it).
 
     Cost: that of `SogCLR`. Reference: "SCENT", stochastic optimization of compositional entropic risks, arXiv
     2602.02877.

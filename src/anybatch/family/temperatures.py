@@ -41,9 +41,7 @@ class RobustTemperature(Temperature):
 
 
 class PerRowTemperature(RobustTemperature):
-    """A temperature per row and direction, stepped with momentum, by its own rate, after the gradient was taken at the
-    old temperatures. `steps`: see `PerRowValues`.
-    """
+    """A temperature per row and direction, stepped after the gradient was taken; for `steps` see `PerRowValues`."""
 
     needs_index = True
 
@@ -75,10 +73,7 @@ class NetworkTemperature(RobustTemperature):
 
     The embedding is a constant to the network: it learns from the temperatures' derivatives alone. Every rank evaluates
     it on the rows of all ranks, so that its parameters receive the full gradient without a collective in the backward
-    pass.
-
-    A network that draws random numbers, for dropout, is asked once a call. Under several ranks each rank draws its own,
-    and the gradients of its parameters then differ from rank to rank: average them, as DDP does.
+    pass. With dropout each rank draws its own numbers: average the gradients over ranks, as DDP does.
 
     Cost: parameters of `net`. Collectives a direction: two of sizes, a gather of the embeddings and one of (B,)
     numbers.

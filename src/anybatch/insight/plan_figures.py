@@ -16,7 +16,7 @@ from anybatch.plans.plan import BatchPlan
 def plan_sentence(plan: BatchPlan) -> str:
     """What an epoch of it is, and why a run took it where "auto" decided."""
     chosen = f", each of {plan.clusters_per_batch} clusters of {plan.cluster_size}" if plan.cluster_size > 1 else ""
-    left_out = plan.stats()["rows_left_out_each_epoch"]
+    left_out = plan.num_rows - plan.num_batches * plan.batch_size
     why = f" {plan.meta['decision']}" if "decision" in plan.meta else ""
     rest = f"; {left_out:,} rows that do not fill a batch sit out, other ones each epoch" if left_out else ""
     return f"{plan.num_rows:,} rows; an epoch is {plan.num_batches:,} batches of {plan.batch_size}{chosen}{rest}.{why}"

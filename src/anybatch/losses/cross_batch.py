@@ -31,14 +31,12 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                                   p_ij = (n - 1) / k exp(a~_i . c_j / tau) / D_i,     k candidates but the positive,
                                   D_i the denominator that a~_i had in its own batch
 
-    Both parts are needed. With the remembered positives alone an anchor is pushed from n rows, and a positive by no
-    more than the batch: the two sides' gradients no longer balance, and training goes wrong (docs/log.md). The
-    value of the second part is 0; its gradient goes to the batch's candidates.
+    Both parts are needed: with the remembered positives alone the two sides' gradients no longer balance, and training
+    goes wrong (docs/log.md). The value of the second part is 0; its gradient goes to the batch's candidates.
 
-    Embeddings drift, and a remembered batch stays behind: what is new is pushed from where everything was, in one
-    direction, which feeds on itself. With `centred` an embedding is remembered relative to the mean of its batch and
-    used relative to the mean of this one, which takes that common drift away: unit(x~ - mean(its batch) + mean(this
-    batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
+    Embeddings drift, and a remembered batch stays behind, which feeds on itself. With `centred` an embedding is
+    remembered relative to the mean of its batch and used relative to the mean of this one: unit(x~ - mean(its batch) +
+    mean(this batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
 
     When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
     scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
@@ -48,16 +46,14 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         memory_size: S, pairs remembered: the newest. A row's older pair leaves when the row comes again. More than some
             1,024 are too old: what moved on its own is near no longer, and nothing takes that away.
         centred: Take away the common drift; False for the plain memory of the publications.
-        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger. More rows
-            are less noise, above all in mined batches, and a mean that is older: 64 was best from scratch, 256 on
-            embeddings that stand still (docs/log.md).
+        mean_rows: The mean is a running one over about so many rows, or of the batch where that is larger: 64 was best
+            from scratch, 256 on embeddings that stand still (docs/log.md).
         scoring: See `OneTemperature`.
 
     Calls need `index`. Explicit negatives count for their batch's anchors only. Masks and inclusion weights hold for
-    remembered pairs too: ids, lists of pairs, data sets, clusters and values by column are kept with them; a tensor
-    with a value a pair is refused. A step that is not finite is not remembered. Under several ranks each has the
-    whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own terms. The
-    mean stands for the data's: batches of few clusters shift it by what they have in common.
+    remembered pairs too; a tensor with a value a pair is refused. A step that is not finite is not remembered. Each
+    rank has the whole memory, and shares the work by rows. A learned temperature has the derivative of the batch's own
+    terms. The mean stands for the data's: batches of few clusters shift it by what they have in common.
 
     Example:
         >>> import torch
@@ -69,13 +65,11 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         8.0
 
     Cost: 8 D S bytes and some 100 S; 3 products of B x (B + S) x D and two of B x S x D, twice for "both"; under ranks
-    three gathers and a small sum besides the engine's collectives.
-
-    Reference:
-    Wang et al. 2020, "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et
-    al. 2024, "A Gradient Accumulation Method for Dense Retriever under Memory Constraint", arXiv 2406.12356; moments
-    of remembered embeddings fitted to the batch's: Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for
-    Metric Learning", arXiv 2303.17127. Remembered denominators and the count correction are this library's.
+    three gathers and a small sum besides the engine's collectives. Reference: Wang et al. 2020, "Cross-Batch Memory for
+    Embedding Learning", arXiv 1912.06798; a memory of both sides: Kim et al. 2024, "A Gradient Accumulation Method for
+    Dense Retriever under Memory Constraint", arXiv 2406.12356; moments of remembered embeddings fitted to the batch's:
+    Ajanthan et al. 2023, "Adaptive Cross Batch Normalization for Metric Learning", arXiv 2303.17127. Remembered
+    denominators and the count correction are this library's.
     """
 
     lacks: ClassVar = {

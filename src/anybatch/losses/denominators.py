@@ -48,9 +48,7 @@ class WithoutPositive(Denominator):
 
 
 class CountCorrected(Denominator):
-    """The softmax over the n - 1 other rows, for which the batch's candidates stand; with `index` also where a row
-    comes twice.
-    """
+    """The softmax over the n - 1 other rows, for which the batch's candidates stand."""
 
     def rule(self, batch: Batch, direction: int, *, normalised: bool) -> Rule:
         """See `Denominator.rule`."""
@@ -338,9 +336,7 @@ class _CountCorrectedRule:
 
 
 def _combine(values: Tensor, heard: Tensor, inverse: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Log of the mean of exp(values) over those of each group for which `heard` is 1, and (groups,) bool whether there
-    are any.
-    """
+    """Log of the mean of exp(values) over the `heard` of each group; (groups,) bool whether there are any."""
     total, count = values.new_full((num_groups,), -torch.inf), heard.new_zeros(num_groups).index_add_(0, inverse, heard)
     if len(inverse) == num_groups:
         total[inverse] = values

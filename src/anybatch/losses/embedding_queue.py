@@ -13,11 +13,7 @@ from anybatch.plans.examples import Examples
 
 
 class EmbeddingQueue(State):
-    """S places, of which those of the oldest pairs are filled anew. A pair leaves when its row comes again.
-
-    Args:
-        size: S.
-        num_rows: n, rows of the data set.
+    """S places (`size`), of which those of the oldest pairs are filled anew. A pair leaves when its row comes again.
 
     Attributes:
         embeddings: (2, S, D) float, of anchors and of positives; D is 0 before the first pair.

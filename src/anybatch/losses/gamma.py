@@ -19,9 +19,8 @@ class Gamma(State):
     def log_shares(self, old: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """Log gamma and log(1 - gamma) for rows whose log-means are `old`, (R,)."""
 
-    @abstractmethod
     def advance(self) -> None:
-        """Count one step: a call of the loss in training mode with gradients enabled."""
+        """Count one step, a call of the loss in training mode with gradients enabled: a hook."""
 
 
 class GammaSchedule(Gamma):
@@ -30,8 +29,7 @@ class GammaSchedule(Gamma):
         gamma_t = gamma + (1 - gamma) (1 + cos(pi e / E)) / 2 for e < E, then gamma
 
     with e = t / steps_per_epoch rounded down and E = num_steps / steps_per_epoch: it starts at 1, where the
-    denominators still hold what an untrained encoder said, and goes down as the encoder slows. `steps_per_epoch=1`
-    moves it at every step.
+    denominators still hold what an untrained encoder said, and goes down as the encoder slows.
 
     Args:
         gamma: The final weight of a new batch, in (0, 1].

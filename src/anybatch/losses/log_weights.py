@@ -120,8 +120,7 @@ class Inclusion:
             rows that a candidate of another cluster stands for (of the query's data set, outside its cluster).
 
     Beside a memory a row of another cluster comes in the batch with chance q by each of its ways, and is one of the m
-    remembered of N: it stands for 1 / (ways q + m / N) rows. Those of the own cluster come with the batch itself; a
-    remembered row is never one of them.
+    remembered of N: it stands for 1 / (ways q + m / N) rows. A remembered row is never one of the own cluster's.
     """
 
     table: Tensor
@@ -274,9 +273,7 @@ class LogWeights:
             for number, examples in enumerate((self.candidates, shared))
         )
         return replace(
-            self,
-            queries=self.queries.with_columns(num_remembered=num_remembered),
-            candidates=fresh.followed_by(old),
+            self, queries=self.queries.with_columns(num_remembered=num_remembered), candidates=fresh.followed_by(old)
         )
 
     def refuse_pairs(self, elsewhere: str) -> None:

@@ -20,9 +20,8 @@ class Matryoshka(State):
 
         loss = sum_k weight_k loss_k(anchors[:, :d_k], candidates[:, :d_k])
 
-    The loss normalises each prefix anew (unless it was made with `normalize=False`, which leaves the scores raw dot
-    products). Every prefix has a loss of its own: its own memory, thresholds and learned temperature, because a
-    denominator of one width says nothing of another.
+    The loss normalises each prefix anew, unless it was made with `normalize=False`. Every prefix has a loss of its own,
+    because a denominator of one width says nothing of another.
 
     When: shortened embeddings must be good too. Evidence: the formula is tested; no training of ours.
 
@@ -34,10 +33,8 @@ class Matryoshka(State):
 
     The embeddings are one leaf and receive one gradient, so that a cached step replays the encoder once.
 
-    Cost: that of the losses: matrix products over sum_k d_k dimensions, the pointwise part once a dimension, memory and
-    collectives once a dimension. Four prefixes of 384 dimensions cost about two plain losses.
-
-    Reference: Kusupati et al. 2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
+    Cost: that of the losses; four prefixes of 384 dimensions cost about two plain losses. Reference: Kusupati et al.
+    2022, "Matryoshka Representation Learning", arXiv 2205.13147, equation 1.
 
     Example:
         >>> import torch

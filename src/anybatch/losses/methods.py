@@ -82,9 +82,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
 
         log_denominator_i = logaddexp(log_mean_i + log(n - 1), 0),   log_mean_i = log_sum_i - log k
 
-    A masked candidate counts in k and adds nothing to the sum, as it adds nothing to that over the data set. With
-    normalised log-weights (mined batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself.
-    It needs no memory, and is the baseline that every memory has to beat.
+    A masked candidate counts in k and adds nothing to the sum, as in the data set. With normalised log-weights (mined
+    batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself. No memory is needed.
 
     When: batches above 256, and small batches where no state is wanted. When not: mined batches without inclusion
     weights. Evidence: docs/recipe.md.
@@ -119,12 +118,9 @@ class SogCLR(SoftmaxLoss):
                     and of the positive, in s_ip / tau:  minus their sum, or -u_i / (eps + u_i)
 
     in the log domain; k are the candidates but the positive, of which masked ones add nothing. With normalised
-    log-weights (mined batches) the mean is the weighted sum. The published loss is tau times this; with a fixed
-    temperature that is a factor on the learning rate. Gradients, that of a learnable temperature too, are those with
-    u_i held.
-
-    gamma = 1 gives, without memory, InfoNCE for eps = 1 / k, decoupled InfoNCE for eps = 0 and count-corrected InfoNCE
-    for eps = 1 / (n - 1) (gradients; the values differ by a constant).
+    log-weights (mined batches) the mean is the weighted sum. The published loss is tau times this. Gradients, that of a
+    learnable temperature too, are those with u_i held. gamma = 1 gives, without memory, InfoNCE for eps = 1 / k,
+    decoupled InfoNCE for eps = 0 and count-corrected InfoNCE for eps = 1 / (n - 1) (the values differ by a constant).
 
     When: small batches and many visits of each row. When not: one to three passes, where there is little to average.
     Evidence: at eight visits level with the count correction; docs/log.md, what training says.
@@ -142,10 +138,8 @@ class SogCLR(SoftmaxLoss):
             temperature, else of the batch.
         scoring: See `OneTemperature`.
 
-    Calls need `index`, and refuse embeddings of another width.
-
-    Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022, "Provable
-    Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.
+    Calls need `index`. Cost: 4 bytes a row and direction, 8 if the temperature is learned. Reference: Yuan et al. 2022,
+    "Provable Stochastic Optimization for Global Contrastive Learning", arXiv 2202.12387, algorithm 1.
 
     Example:
         >>> import torch
@@ -154,8 +148,7 @@ class SogCLR(SoftmaxLoss):
         >>> int(loss.denominator.visited.sum())
         8
 
-        Images without labels, the released loss for two views: each view against all others of both views, one state
-        an image.
+        Images without labels, as released: each view against all others of both views, one state an image.
 
         >>> images = SogCLR(1000, gamma=0.9, eps=0.0, positive="exact", temperature=0.1)
         >>> first, second = torch.randn(2, 8, 16, requires_grad=True)

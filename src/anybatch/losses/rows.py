@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from anybatch.core.errors import AnybatchError
 from anybatch.core.ids import as_ids, as_integers, known_positives, renumbered
 from anybatch.losses.base import outside_the_graph
-from anybatch.losses.log_weights import (
-    Inclusion,
-    ListedPairs,
-    LogWeights,
-    Term,
-    behind,
-    remembered_of_other_tasks,
-)
+from anybatch.losses.log_weights import Inclusion, ListedPairs, LogWeights, Term, behind, remembered_of_other_tasks
 from anybatch.plans.examples import Examples
 from anybatch.plans.plan import BatchPlan
 
@@ -36,22 +29,19 @@ NEVER = 1e-300  # a chance whose inverse is still a number
 class RowTable(nn.Module):
     """Look-up from row numbers to the arguments `index`, `anchor_id`, `candidate_id` and `log_weight` of a loss.
 
-    Identical texts are legal data, and must never be each other's negatives; nor must a text that another row pairs
-    with the same anchor. Rows of a mined plan are not a uniform sample of the data, and `weights="inclusion"`
-    corrects for that.
+    Identical texts are never each other's negatives, nor is a text that another row pairs with the same anchor. Rows of
+    a mined plan are not a uniform sample of the data, and `weights="inclusion"` corrects for that.
 
     Args:
-        anchor_id: (n,) int, 0 or more; equal where the anchors are the same text.
-        positive_id: (n,) int; equal where the positives are the same text.
-        negative_id: (n, h) int in the id space of `positive_id`, for explicit negatives, -1 where a row has fewer; None
-            for none.
-        plan: Of these rows; needed by `weights="inclusion"`.
-        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor (METHODS: mined
-            batches).
+        anchor_id, positive_id: (n,) int, 0 or more; equal where these are the same text.
+        negative_id: (n, h) int in the id space of `positive_id`, explicit negatives, -1 where a row has fewer; None for
+            none.
+        plan: Of these rows; needed by `weights="inclusion"` and `mask_suspects`.
+        weights: "none", or "inclusion" for one over the chance that a row was put beside the anchor.
+        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights
+            the mean is over the rows that are not suspected.
         columns: (n,) int each: further facts on the rows, by name, for terms of your own. An explicit negative has -1.
         terms: Further masks and weights (`anybatch.losses.log_weights`), functions of the records.
-        mask_suspects: Pairs that the plan suspects of being false negatives are no negatives. With inclusion weights
-            the rest stands for the data without them: the mean is over the rows that are not suspected.
 
     Raises:
         AnybatchError: Ids that are no integers from 0 on, or of different lengths; a plan that is needed and missing,
@@ -67,8 +57,7 @@ class RowTable(nn.Module):
         >>> round(loss.last_stats["num_negatives"], 3)  # 1, 1 and 2
         1.333
 
-    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair where there are
-        suspects or anchors with several positives.
+    Cost: 8 bytes a row and id, 16 a suspect pair; a look-up a step, and a binary search a pair of suspects.
     """
 
     # Buffers, and not persistent: the table is made from data and plan, which have their own files and digests.
@@ -240,8 +229,7 @@ class RowTable(nn.Module):
         """The record of each pair, and behind them of the explicit negatives that they bring; `place` says which pair
         each candidate is of.
 
-        An explicit negative has the cluster and the data set of its row, as it is certain to be there beside it; a
-        remainder row's weigh as its cluster does, which is such a row's chance of pushing one out too much.
+        An explicit negative has the cluster and the data set of its row, as it is certain to be there beside it.
         """
         cluster, task, log_ways = None, None, None
         if self.task is not None:

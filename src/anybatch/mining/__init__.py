@@ -1,8 +1,7 @@
 """Choose the batch: teacher embeddings to neighbours, signed graph, equal clusters, plan. No training code."""
 
-from anybatch.mining.audit import Audit, audit_clusters, suspect_pairs
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, RankWindow
-from anybatch.mining.graph import MiningGraph, Window, build_graph
+from anybatch.mining.graph import MiningGraph, Window, build_graph, suspect_pairs
 from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.mine import MiningResult, check_sizes, mine_plan, mine_shared, random_plan
 from anybatch.mining.negatives import sample_negatives
@@ -10,7 +9,6 @@ from anybatch.mining.neighbors import Neighbors, exact_neighbors
 from anybatch.mining.partition import equal_clusters, metis_clusters
 
 __all__ = [
-    "Audit",
     "MiningConfig",
     "MiningGraph",
     "MiningReport",
@@ -19,7 +17,6 @@ __all__ = [
     "Neighbors",
     "RankWindow",
     "Window",
-    "audit_clusters",
     "build_graph",
     "check_sizes",
     "equal_clusters",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, Literal
 
 from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNegative, Range, Seed
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
-from anybatch.mining.audit import Audit
 from anybatch.mining.graph import Window
 
 RankWindow = Literal["auto"] | tuple[CountOrZero, CountOrZero]
@@ -116,8 +115,7 @@ class SettledConfig(MiningConfig):
 def auto_cluster_size(batch_size: int, most: int) -> int:
     """The largest divisor of the batch that is at most `most` and 32; where there is none, the smallest above 1.
 
-    A batch that is few clusters has the gradients of about as many independent places, however hard its negatives are:
-    so clusters are many, and small. nDCG@10 at 64 with exact weights: .535, .564, .568 for clusters of 32, 8, 4.
+    Clusters are many and small: nDCG@10 at 64 with exact weights was .535, .564, .568 for clusters of 32, 8, 4.
     """
     most = min(max(most, 2), MOST)
     for size in (*range(most, 1, -1), *range(most + 1, MOST + 1)):
@@ -183,31 +181,22 @@ class MiningSet(Configuration):
 
 @dataclass(kw_only=True)
 class MiningReport:
-    """What mining did and what it cost.
+    """What mining found.
 
     Attributes:
-        audit: What the clusters hold; None for random batches and for several data sets.
-        figures: See `PlanInspection.figures`; none where `audit` is None.
+        figures: See `PlanInspection.figures`; none of random batches, and of a data set without a cluster.
         warnings: What is likely to hurt, in words.
         recall: Of the neighbours, measured; 1.0 if exact.
-        seconds, peak_bytes: Wall time and peak resident memory of each stage.
         notes: What had to be changed, in words.
-        sets: The reports on the data sets, if there are several; times and memory are in each.
+        sets: The reports on the data sets, if there are several.
 
     Example:
-        >>> MiningReport(seconds={"graph": 1.5}).as_dict()["seconds"]
-        {'graph': 1.5}
+        >>> MiningReport().recall
+        1.0
     """
 
-    audit: Audit | None = None
     figures: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     recall: float = 1.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sets: dict[str, MiningReport] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)

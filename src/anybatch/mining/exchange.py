@@ -282,8 +282,7 @@ def measure_ties(graph, clusters):  # pragma: no cover - compiled
 
 @compiled
 def anneal(graph, clusters, temperature, seed):  # pragma: no cover - compiled
-    """One pass: each row is drawn to a cluster by its ties there, and changes places with a member that holds little to
-    it.
+    """One pass: each row is drawn to a cluster by its ties, and changes places with a member that holds little to it.
 
     An exchange that gains g happens with chance exp(g / temperature), at most 1.
     """
@@ -323,8 +322,7 @@ def anneal(graph, clusters, temperature, seed):  # pragma: no cover - compiled
 
 @compiled
 def _drawn_target(graph, cluster, link, seen, seen_in, row, step, temperature, leaving):  # pragma: no cover - compiled
-    """(cluster, link to it), drawn of the clusters with a link above 0 from the softmax of link / temperature; -1:
-    none.
+    """(cluster, link to it), drawn from the softmax of link / temperature over those with a link above 0; -1: none.
 
     `link` is all 0 before and after; `seen` and `seen_in` are workspace.
     """

@@ -51,11 +51,8 @@ class Window:
         return Window(min(self.skip, num_texts // 10), min(self.take, max(1, num_texts // 2)), self.margin)
 
     def to_conflicts(self, neighbors: Neighbors) -> Window:
-        """One that skips only as many of its first ranks as conflicts go: ranks that the margin suspects of every third
-        row or more. Without a margin nothing says how many: all are skipped.
-
-        Where the teacher is unsure of that many, it is likely to overlook others; elsewhere the first ranks are the
-        hardest negatives, and hold the most softmax mass.
+        """One that skips only those of its first ranks that the margin suspects of every third row or more: elsewhere
+        these are the hardest negatives, and hold the most softmax mass. Without a margin all are skipped.
         """
         if self.margin is None:
             return self
@@ -148,6 +145,16 @@ def build_graph(
     weight = sparse.csr_matrix(joined + joined.T, dtype=np.float32)
     weight.sort_indices()
     return MiningGraph(window=wanted, conflict=conflict, weight=weight, apart=conflicts + conflicts.T)
+
+
+def suspect_pairs(conflict: sparse.csr_matrix) -> np.ndarray:
+    """All suspected false negatives: (p, 2) int32, sorted: a row, and one whose text may be right for its anchor.
+
+    The other way round is a pair of its own: a text that many anchors come near need not be near to theirs. Those of
+    other clusters too: they meet in a batch, and a loss that stands for the whole data would weigh them most.
+    """
+    rows = np.repeat(np.arange(len(conflict.indptr) - 1), np.diff(conflict.indptr))
+    return np.stack([rows, conflict.indices], axis=1).astype(np.int32)
 
 
 def _matrix(indices: np.ndarray, counts: np.ndarray, num_rows: int) -> sparse.csr_matrix:

@@ -104,12 +104,10 @@ def inspect_plan(
     Args:
         plan: Mined or random.
         anchor_embeddings, positive_embeddings: (n, D) float, the teacher's; may be memory-mapped.
-        anchor_id, positive_id: (n,) int; equal for identical texts, which are no negatives of each other. None: all
-            differ.
+        anchor_id, positive_id: (n,) int; equal for identical texts, no negatives of each other. None: all differ.
         temperature: Of the softmax.
-        num_anchors: Anchors looked at in each set; a share measured on 2,000 of them has a standard error of at most
-            1.1 points.
-        seed: Of the draw.
+        num_anchors: Anchors looked at in each set, drawn by `seed`; a share measured on 2,000 of them has a standard
+            error of at most 1.1 points.
         progress: Called with the fraction done.
 
     Returns:
@@ -117,11 +115,10 @@ def inspect_plan(
         left out.
 
     Raises:
-        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; a temperature or number of
-            anchors below 1.
+        AnybatchError: Embeddings of another number of rows, or that cannot be ranked; no temperature or anchors.
 
-    Cost, summed over sets of n rows: num_anchors * n * D multiplications, as many exponentials as scores; seconds for
-        100,000 rows. The positives are read once, in pieces.
+    Cost, summed over sets of n rows: num_anchors * n * D multiplications, as many exponentials; seconds for 100,000
+        rows. The positives are read once, in pieces.
     """
     check_embeddings("anchor", anchor_embeddings, plan.num_rows)
     check_embeddings("positive", positive_embeddings, plan.num_rows)
@@ -239,9 +236,7 @@ def _brought(plan: BatchPlan, batches: np.ndarray, members: np.ndarray) -> spars
 
 
 def _most_suspected(pairs: Sequence[tuple[int, int, float, float]], positive_id: np.ndarray) -> list[RowPair]:
-    """The first `SHOWN`, one an anchor, no two with the same two positives: one caption of many images would fill the
-    list.
-    """
+    """The nearest `SHOWN`, one an anchor, no two with the same positives: one caption of many images would fill all."""
     shown: list[RowPair] = []
     seen: set[object] = set()
     for row, other, own, score in sorted(pairs, key=lambda pair: -pair[3]):

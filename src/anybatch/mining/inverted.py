@@ -50,8 +50,8 @@ def ivf_neighbors(
 
     Args:
         target_recall: Wanted share of the true top k. For a sample of queries the true neighbours are searched; the
-            cells that they lie in say what recall any number of visited cells gives, without another search. The least
-            number is taken whose recall is a standard error above the target.
+            cells that they lie in say what recall any number of visited cells gives. The least number is taken whose
+            recall is a standard error above the target.
         seed: Of k-means and of the sample.
 
     Cost: multiplications: k-means TRAIN_ROWS * ROUNDS * C * C * D, finding cells 2 n C D, the sample SAMPLE * n * D,
@@ -191,8 +191,7 @@ def spherical_kmeans(documents: np.ndarray, num_cells: int, seed: int, device: s
 
 def assign_cells(rows: np.ndarray, centroids: Tensor, device: str | None) -> np.ndarray:
     """(n,) int64: the centroid with the largest inner product."""
-    # Every buffer is made once: small results between freed blocks of scores left holes that added up to 10 GB at a
-    # million rows on two threads.
+    # Every buffer is made once: small results between freed blocks left holes, of 10 GB at a million rows.
     cells = np.empty(len(rows), np.int64)
     workspace = torch.empty((min(PIECE_ROWS, len(rows)), rows.shape[1]), device=device or "cpu")
     scores = torch.empty((SCORED_ROWS, len(centroids)), device=device or "cpu")

@@ -15,10 +15,9 @@ import numpy as np
 from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
-from anybatch.core.resources import Measure
-from anybatch.mining.audit import advice, audit_clusters, suspect_pairs
+from anybatch.mining.audit import advice
 from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
-from anybatch.mining.graph import MiningGraph, Window, build_graph
+from anybatch.mining.graph import MiningGraph, Window, build_graph, suspect_pairs
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.inspection import inspect_plan
 from anybatch.mining.inverted import ivf_neighbors
@@ -36,7 +35,7 @@ EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MiningResult:
-    """The plan and the report on it; the graph, for those who want to look.
+    """The plan and the report on it; the graph, of one data set, for those who want to look.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
@@ -71,17 +70,12 @@ def mine_plan(
             products.
         config: See `MiningConfig`.
         anchor_id, positive_id: (n,) int; equal for identical texts, which are never put together. None: all differ.
-        sets: Several data sets, one after the other in the rows: each is mined by itself with its own window, into one
-            plan.
+        sets: Several data sets, one after the other: each is mined by itself with its own window, into one plan.
         data_digest: `PairData.digest`, which binds the plan to its data.
         device: Where the neighbours are searched, e.g. "cuda"; None for the compiled search on the CPU.
-        folder: The neighbours are kept here as they are found; a killed search goes on and a finished one is not
-            repeated.
+        folder: The neighbours are kept here: a killed search goes on, a finished one is not repeated.
         temperature: Of the softmax whose mass is reported; it decides nothing.
         progress: Called with (stage, fraction done).
-
-    Returns:
-        Plan, report and graph (None for several data sets).
 
     Raises:
         AnybatchError: Embeddings that cannot be ranked; sizes that do not fit.
@@ -89,11 +83,11 @@ def mine_plan(
     Warns:
         UserWarning: The rank window is wider than the data and was cut.
 
-    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 8
-        bytes a row and rank of the window, and about as much again three times for the graph.
+    Cost: neighbours n * d * D for d distinct positives (exact); then a few seconds for each 100,000 rows. Memory 32
+        bytes a row and rank of the window.
 
     Reference: Thirukovalluru et al. 2025, "Breaking the Batch Barrier (B3) of Contrastive Learning via Smart Batch
-    Mining", arXiv 2505.11293, section 3, and what this library does differently in docs/choose.md.
+    Mining", arXiv 2505.11293, section 3; what this library does differently: docs/choose.md.
 
     Example:
         >>> vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
@@ -143,13 +137,13 @@ def mine_plan(
     _note_single_rows(plan, report)
 
     # 4. Look at its batches.
-    with _stage(report, "figures", progress or (lambda *_: None)) as advance:
+    with _stage("figures", progress or (lambda *_: None)) as advance:
         seen = inspect_plan(
             plan, anchor_embeddings, positive_embeddings, anchor_id=ids[0], positive_id=ids[1], temperature=temperature,
             progress=advance,
         )  # fmt: skip
     for name, part in report.sets.items() if sets else [("", report)]:
-        if part.audit is not None and name in seen:
+        if name in windows and name in seen:
             part.figures = seen[name].figures
             part.warnings = advice(part.figures)
     return MiningResult(plan=plan, report=report, graph=None if sets else graph)
@@ -179,7 +173,7 @@ def mine_shared(
     ids = compact_ids(num_rows, anchor_id=anchor_id, positive_id=positive_id)
     for one in _each_set(anchor_embeddings, positive_embeddings, ids, settled, sets, folder, progress):
         if len(one.anchors) >= settled.cluster_size:
-            _rank(one, settled, device, MiningReport())
+            _rank(one, settled, device)
 
 
 def random_plan(
@@ -305,26 +299,26 @@ class _Mined(NamedTuple):
 
 
 def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> _Mined:
-    """Mine one data set; what was found and what it cost goes into `report`."""
+    """Mine one data set; what is to be said of it goes into `report`."""
     if one.window != one.asked:
         _note_window(one, report)
 
     # 1. Rank: for each anchor the teacher's best positives.
-    neighbors = _rank(one, config, device, report)
+    neighbors = _rank(one, config, device)
     report.recall = neighbors.recall
     if one.auto:
         one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
-    with _stage(report, "graph", one.progress):
+    with _stage("graph", one.progress):
         edges = "mutual" if config.method == "published" else "union"
         graph = build_graph(neighbors, one.window, text=one.text, edges=edges, seed=config.seed)
         release_pages(neighbors.ids, neighbors.scores, one.anchors, one.positives)
 
     # 3. Cut into clusters, of any sizes at first, then of equal ones.
-    with _stage(report, "communities", one.progress):
+    with _stage("communities", one.progress):
         begun = _begin(one, config, graph, neighbors)
-    with _stage(report, "refinement", one.progress) as advance:
+    with _stage("refinement", one.progress) as advance:
         ours = config.method == "anybatch"  # the others are kept as they are, but for equal sizes
         cluster = equal_clusters(
             begun,
@@ -336,25 +330,24 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
             **one.apart,
         )
 
-    # 4. Look at them; name suspected false negatives, draw hard ones.
-    with _stage(report, "audit", one.progress):
-        report.audit = audit_clusters(graph, cluster, **one.ids)
-        negatives = None
-        if config.num_negatives:
+    # 4. Name suspected false negatives, draw hard ones.
+    negatives = None
+    if config.num_negatives:
+        with _stage("hard negatives", one.progress):
             published = config.method == "published"
             if published and one.labels:
                 few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
                 graph = build_graph(neighbors, few, text=one.text)
             power = 1 if published else 2
             negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
-        return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
+    return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
-def _rank(one: _Set, config: SettledConfig, device: str | None, report: MiningReport) -> Neighbors:
+def _rank(one: _Set, config: SettledConfig, device: str | None) -> Neighbors:
     """The neighbours, by exact or by approximate search."""
     exact = config.neighbors == "exact" or (config.neighbors == "auto" and len(one.anchors) <= EXACT_ROWS)
     search = exact_neighbors if exact else partial(ivf_neighbors, seed=config.seed)
-    with _stage(report, "neighbors", one.progress) as advance:
+    with _stage("neighbors", one.progress) as advance:
         where: dict[str, Any] = {"device": device, "folder": one.folder, "progress": advance}
         found = search(one.anchors, one.positives, one.window.depth, columns=one.texts, **one.ids, **where)
     anchor, positive = (side.mean(axis=0, dtype=np.float64) for side in (one.anchors, one.positives))
@@ -386,19 +379,11 @@ def _given_sets(sets: Sequence[MiningSet], num_rows: int) -> list[tuple[MiningSe
 
 
 def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet], data_digest: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "num_rows": num_rows,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "data_digest": data_digest,
-    }
-    if sets:
-        settings |= {
-            "task": np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets]),
-            "task_names": tuple(one.name for one in sets),
-            "mixing": config.mixing,
-        }
-    return settings
+    settings = {"num_rows": num_rows, "batch_size": config.batch_size, "seed": config.seed, "data_digest": data_digest}
+    if not sets:
+        return settings
+    task = np.repeat(np.arange(len(sets), dtype=np.int32), [one.num_rows for one in sets])
+    return settings | {"task": task, "task_names": tuple(one.name for one in sets), "mixing": config.mixing}
 
 
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
@@ -440,10 +425,8 @@ def _note_window(one: _Set, report: MiningReport) -> None:
 
 
 @contextmanager
-def _stage(report: MiningReport, name: str, progress: Progress) -> Iterator[Callable[[float], None]]:
-    """Measure a stage and say where it is; yields the function that reports its fraction."""
+def _stage(name: str, progress: Progress) -> Iterator[Callable[[float], None]]:
+    """Say where a stage is; yields the function that reports its fraction."""
     progress(name, 0.0)
-    with Measure() as measure:
-        yield partial(progress, name)
-    report.seconds[name], report.peak_bytes[name] = measure.seconds, measure.peak_bytes
+    yield partial(progress, name)
     progress(name, 1.0)

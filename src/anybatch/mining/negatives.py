@@ -31,9 +31,8 @@ def sample_negatives(
 
         weight of a text = (windows of the cluster that it is in - PENALTY * members that suspect it) ** power
 
-    Texts are drawn with chances in proportion to their weights, where the base is above 0, without return until none is
-    left; texts of the cluster's own rows, which are in the batch already, never. Each goes to a row that wants it, if
-    one has a place, else to any row.
+    Texts are drawn in proportion to their weights, where the base is above 0, without return until none is left; those
+    of the cluster's own rows never. Each goes to a row that wants it, if one has a place, else to any row.
 
     Args:
         graph: From `build_graph`.
@@ -43,7 +42,6 @@ def sample_negatives(
             given to a row.
         power: 1 is published. With 2, clusters of 32 have 25 window items of an anchor among 5 negatives a row in place
             of 21, and as few that it suspects (.4 and 1.9 in place of .3 and 1.5, on two data sets).
-        seed: Of the draws.
 
     Returns:
         (n, h) int32 row numbers, none twice in a row; -1 where there are too few.

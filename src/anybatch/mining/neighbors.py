@@ -1,13 +1,11 @@
 """The teacher's ranking, exactly: for every row the best other rows.
 
-Memory beside the embeddings, which may be files (float16 or float32; read in pieces): with k neighbours and D
-dimensions
+Memory beside the embeddings, which may be files (float16 or float32; read in pieces), with k neighbours:
 
     threads * (UNIT_ROWS * (4 D + 16 k) + PIECE_ROWS * 4 D + 4 MB)       in work: 9 MB a thread for k = 130, D = 384
-    n * (8 k + 4)                                                        the result, in `folder` if given, else in
-    memory
+    n * (8 k + 4)                                                        the result, in `folder` if given
 
-never n x n. `inverted.py` does the same approximately, for more rows than n * n allows.
+`inverted.py` does the same approximately, for more rows than n * n allows.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ class Neighbors:
         ids: (n, k) int32; -1 where there are fewer than k.
         scores: (n, k) float32; -inf beside -1.
         own_score: (n,) float32: the score of the row with itself, that is of the anchor with its own positive.
-        mean_score: Of all anchors with all positives: from where a margin counts. Many models give any two texts a
-            cosine of .7 and more.
+        mean_score: Of all anchors with all positives: from where a margin counts.
         recall: Of the true top k, measured on a sample; 1.0 for exact search.
         num_probes: Cells that each query visited; 0 for exact search.
 
@@ -137,8 +134,7 @@ def exact_neighbors(
         rows: Only these queries; None for all.
         columns: (d,) int, only these documents, ascending; None for all. With `first_rows` a text counts once, however
             many rows have it.
-        device: Where to compute. None: the compiled search on the CPU. A torch device ("cuda"): products and topk
-            there.
+        device: Where to compute, such as "cuda". None: the compiled search on the CPU.
         folder: Finished blocks are kept here: a killed search goes on, a finished one is read, and under torchrun each
             rank makes its share of the blocks and sees the whole result.
         progress: Called with the fraction done (of this rank's share).
@@ -147,8 +143,7 @@ def exact_neighbors(
     Raises:
         AnybatchError: Embeddings without a ranking; several ranks without a folder; a folder that cannot be written.
 
-    Cost: n * n * D multiplications; see the module for memory. With `folder` also one pass over the embeddings for
-        their digest; two barriers under several ranks.
+    Cost: n * n * D multiplications; see the module for memory; two barriers under several ranks.
     """
     ids = {"anchor_id": anchor_id, "positive_id": positive_id}
     search = Search.checked(queries, documents, num_neighbors, columns, device, **ids)

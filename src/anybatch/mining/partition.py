@@ -75,8 +75,7 @@ def equal_clusters(
 
     The first and the last sweep take, for each row, the best exchange with the two clusters that attract it most. Those
     between anneal: a row is drawn to a cluster by its ties there, changes places with a member that holds little to it,
-    and losses are taken with a chance that falls from sweep to sweep. A single pair of rows is moved at a time; moving
-    groups of 2, 4 or 8 gained nothing over that (docs/log.md).
+    and losses are taken with a chance that falls from sweep to sweep.
 
     Args:
         start: (n,) int clusters 0 .. n // cluster_size - 1 of any sizes.
@@ -85,7 +84,6 @@ def equal_clusters(
         anchor_id, positive_id: (n,) int; rows that share either must not share a cluster, nor must rows of which one's
             anchor has the other's positive in a third row.
         sweeps: Passes over all rows; 0 only makes the sizes equal.
-        seed: Of everything random.
         progress: Called with the fraction of the sweeps done.
 
     Returns:

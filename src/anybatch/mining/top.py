@@ -1,9 +1,8 @@
 """The best columns of each row of a score matrix that is made tile by tile and never held whole.
 
 A row's candidates gather in a reservoir of twice the wanted number; when it is full, a quickselect keeps the better
-half, and the worst kept score becomes the bar that a score must pass. A heap per row cost a third of the
-multiplications' time at 130 neighbours of 100,000 rows. Each call runs on one thread, without Python's lock: compiled
-loops on threads of their own beside torch's made both pools wait. On an accelerator torch.topk does it tile by tile.
+half, and the worst kept score becomes the bar that a score must pass (a heap per row cost a third of the
+multiplications' time). Each call runs on one thread, without Python's lock. On an accelerator torch.topk does it.
 """
 
 from __future__ import annotations

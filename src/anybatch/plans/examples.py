@@ -103,8 +103,7 @@ class Examples:
     def packed(self) -> Tensor:
         """(N, F) int64, all columns: what travels between ranks and what a memory keeps.
 
-        Floats are in it as the 64 bits of a float64, and so as exactly as integers, on every backend. `unpacked` is the
-        inverse; nobody else looks inside.
+        Floats are in it as the 64 bits of a float64. `unpacked` is the inverse; nobody else looks inside.
         """
         columns = [
             column.double().view(torch.int64) if column.is_floating_point() else column

@@ -32,9 +32,8 @@ class BatchPlan:
     """Equal batches over the rows of one data set, or of several, made of clusters that are combined anew every epoch.
 
     In every epoch each row occurs at most once and every batch has exactly `batch_size` rows: `batch_size /
-    cluster_size` whole clusters, drawn at random, one after the other. Rows in no cluster (what is left when the rows
-    are cut into clusters of exactly equal size) take the places of others, epoch by epoch others, so that no row is
-    lost for ever: `ClusterSampling` has the rules. All of it depends on nothing but the plan and the epoch.
+    cluster_size` whole clusters, drawn at random. Rows in no cluster take the places of others, epoch by epoch others,
+    so that no row is lost for ever (`ClusterSampling`). All of it depends on nothing but the plan and the epoch.
 
     Attributes:
         num_rows: Rows of the data.
@@ -180,26 +179,6 @@ class BatchPlan:
             return {"": np.arange(self.num_rows)}
         return {name: np.flatnonzero(self.task == number) for number, name in enumerate(self.task_names)}
 
-    def stats(self) -> dict[str, Any]:
-        """What `anybatch inspect` shows."""
-        sizes = {f"rows.{name}": len(rows) for name, rows in self.set_rows.items() if name}
-        return {
-            "rows": self.num_rows,
-            "batch_size": self.batch_size,
-            "batches_per_epoch": self.num_batches,
-            "cluster_size": self.cluster_size,
-            "clusters": self.num_clusters,
-            "clusters_per_batch": self.clusters_per_batch,
-            "remainder_rows": sum(map(len, self._loose)),
-            "rows_left_out_each_epoch": self.num_rows - self.num_batches * self.batch_size,
-            **sizes,
-            "suspect_pairs": 0 if self.suspects is None else len(self.suspects),
-            "hard_negatives_per_row": self.negatives_per_row,
-            "seed": self.seed,
-            "data_digest": self.data_digest,
-            **{f"made.{name}": value for name, value in self.meta.items() if name != "inputs"},
-        }
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan: safetensors with a JSON header, atomically."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -298,8 +277,7 @@ class PlanSampler(BatchSampler):
         plan: Where the batches come from.
         rank: Give this rank's share of each global batch only; None gives the shares of all ranks one after the other,
             which is what Accelerate's batch sampler shards expect (and, with one rank, simply the batches).
-        world_size: Ranks that share a batch. A cluster lies within one rank's share where the share is a multiple of
-            its size.
+        world_size: Ranks that share a batch.
         epoch: The first epoch.
 
     Raises:
@@ -319,9 +297,7 @@ class PlanSampler(BatchSampler):
             )
         if rank is not None and not 0 <= rank < world_size:
             raise AnybatchError(f"rank is {rank}; expected 0 to {world_size - 1}.")
-        self.plan = plan
-        self.rank = rank
-        self.world_size = world_size
+        self.plan, self.rank, self.world_size = plan, rank, world_size
         self.batch_size = plan.batch_size // world_size
         self.drop_last = True
         self.epoch = epoch

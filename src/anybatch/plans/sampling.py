@@ -204,7 +204,7 @@ def _drawn_without_return(pool: int, own: int, out: int) -> list[tuple[int, floa
     """(k, chance that k of `own` are among `out` drawn of `pool` without return), for all k of a chance above 0.
 
     From the likeliest k outwards by the ratio of neighbours, and divided by their sum: no binomial coefficient, which
-    would have thousands of digits, and no logarithm of one, which would lose as many digits as it has.
+    would have thousands of digits.
     """
     least, most = max(0, own + out - pool), min(own, out)
     k = np.arange(least, most, dtype=np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from anybatch.core import distributed
@@ -169,7 +169,7 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
         for name, report in reports.items():
             for warning in report.warnings:
                 logger.warning("Before you train%s: %s", name and f" on {name}", warning)
-        kept = {"plan": plan.digest, "decision": facts.get("decision"), **result.report.as_dict()}
+        kept = {"plan": plan.digest, "decision": facts.get("decision"), **asdict(result.report)}
         write_json(path.with_name("mining.json"), kept)
         _save(plan, path, inputs, **facts)
         shutil.rmtree(neighbors, ignore_errors=True)  # larger than all else in the folder

@@ -11,14 +11,14 @@ Computes exactly, for each anchor i with its positive p(i), without ever holding
 
 `tests/reference.py` has its slow reference: the same by autograd on the whole matrix.
 
-Cost: one direction, three matrix products of B x M x D for loss and gradients when the rule works row by row or one
-tile holds everything, four otherwise; both directions the same three or four; `tile_bytes` of scores, times a small
-number; nothing is kept for the backward pass but the two gradients.
+Cost: three matrix products of B x M x D for loss and gradients, of one direction or both, when the rule works row by
+row in one direction or one tile holds everything, four otherwise; `tile_bytes` of scores, times a small number; nothing
+is kept for the backward pass but the two gradients.
 
-Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum
-of their gradient (all M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both
-directions: three gathers of (B,) numbers more, and with temperatures that learn a sum of them. The log-weights have two
-gathers a direction; the rule's are its own.
+Collectives, all in the forward pass: two gathers of sizes, a gather of the candidates (M x D numbers a rank), a sum of
+their gradient (all M x D), a sum of one number for the loss, and one for a scalar temperature that learns. Both
+directions: three gathers of (B,) numbers more, and with temperatures that learn a sum. Log-weights have two gathers a
+direction; the rule's are its own.
 """
 
 from __future__ import annotations
@@ -91,10 +91,7 @@ class Twice(AnybatchError, RuntimeError):
 
 
 def refuse_twice() -> None:
-    """In a backward pass: refuse one that is recorded to be differentiated itself (`create_graph=True`).
-
-    What is in closed form, or held fixed, is a constant to autograd.
-    """
+    """In a backward pass: refuse one with `create_graph=True`, to which what is in closed form is a constant."""
     if torch.is_grad_enabled():
         raise Twice(
             "A loss of anybatch can be differentiated once, and create_graph=True asks for more: its gradient is "

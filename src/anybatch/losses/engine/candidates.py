@@ -1,6 +1,4 @@
-"""Where this rank's rows and candidates are among those of all ranks, and the candidates gathered: every rank holds
-all M_all, and the gradient of all; one gather, one sum.
-"""
+"""Where this rank's rows and candidates are among those of all ranks, and the candidates gathered."""
 
 from __future__ import annotations
 

@@ -18,10 +18,7 @@ from anybatch.losses.log_weights import LogWeights
 
 
 class Direction:
-    """What both directions have.
-
-    All (B,): `log_sum`, `num_negatives`, `log_denominator`, `objective`, `positive_weight`.
-    """
+    """What both directions have; `log_sum` to `positive_weight` are (B,)."""
 
     def __init__(self, side: Side, layout: Layout, positive_B: Tensor, column_sizes: list[int]) -> None:
         self.side, self.layout, self.positive = side, layout, positive_B
@@ -29,6 +26,7 @@ class Direction:
         self.log_weight = _gathered(side.log_weight, layout.row_sizes, column_sizes)
         self.removing = any(given is not None for given in (self.log_weight, side.mask_margin, side.adjust))
         self.temperature = side.temperature.detach().expand(self.num_rows)
+        self.row_weight = torch.ones_like(positive_B) if side.row_weight is None else side.row_weight.detach()
         self.log_sum, self.num_negatives = torch.full_like(positive_B, -torch.inf), torch.zeros_like(positive_B)
         drawn = torch.full_like(positive_B, sum(column_sizes) - 1) if side.num_drawn is None else side.num_drawn
         self.num_drawn = drawn.to(positive_B.dtype)
@@ -64,19 +62,13 @@ class Direction:
 
     def reference(self) -> Tensor:
         """(B,) exp(logit_ij - reference_i) = row_weight_i p_ij / tau_i, the derivative of the row's term in s_ij."""
-        reference = finite(self.log_denominator) + self.temperature.log()
-        return reference if self.side.row_weight is None else reference - self.side.row_weight.detach().log()
+        return finite(self.log_denominator) + self.temperature.log() - self.row_weight.log()
 
     def total(self) -> Tensor:
         """(B,) minus the derivative of the row's term in s_ip: what the rule says, or the sum of the negatives'."""
         if self.positive_weight is None:
             return (self.log_sum - self.reference()).exp()
-        total = -self.positive_weight / self.temperature
-        return total if self.side.row_weight is None else total * self.side.row_weight.detach()
-
-    def objective_sum(self) -> Tensor:
-        """Over this rank's rows, weighted."""
-        return (self.objective if self.side.row_weight is None else self.objective * self.side.row_weight).sum()
+        return -self.positive_weight / self.temperature * self.row_weight
 
     def d_temperature(self, scale: float, num_rows_all: int) -> Tensor | None:
         """The gradient of the temperature, (B,) or a scalar. One sum over ranks for a scalar that learns."""
@@ -173,8 +165,7 @@ class AnchorDirection(Direction):
 
     def share(self) -> Tensor:
         """(B,) what each of several positives takes off its derivative in the score."""
-        share = 1 / (self.temperature * (1 + self.num_further))
-        return share if self.side.row_weight is None else share * self.side.row_weight.detach()
+        return 1 / (self.temperature * (1 + self.num_further)) * self.row_weight
 
     def total(self) -> Tensor:
         """See `Direction.total`; the objective's mean logit is relative to the own positive as well."""

@@ -7,8 +7,7 @@ A rank computes the block of its own rows against the candidates of all ranks, f
     pass 2   the tile again, then d anchors and d candidates  3 products
 
 The passes are one when a single tile holds everything, or when there is one direction whose rule works row by row. No
-row's temperature, threshold or weight has to travel, because no tile is computed on two ranks. Workspaces are made
-once, and a pair has one exponential. Suffixes of names: see `directions`.
+tile is computed on two ranks. Workspaces are made once, and a pair has one exponential. Suffixes: see `directions`.
 """
 
 from __future__ import annotations
@@ -38,12 +37,7 @@ class Solution(NamedTuple):
 
 
 def solve(
-    anchors: Tensor,
-    candidates: Tensor,
-    sides: tuple[Side, ...],
-    *,
-    tile_bytes: int,
-    gradients: bool,
+    anchors: Tensor, candidates: Tensor, sides: tuple[Side, ...], *, tile_bytes: int, gradients: bool
 ) -> Solution:
     """Loss and gradients of one direction (one side), or of the mean of both (anchors first, then positives)."""
     # 1. Where the candidates of all ranks are.
@@ -66,7 +60,8 @@ def solve(
 
     # 4. The loss.
     num_rows_all = sum(layout.row_sizes) * len(sides)
-    loss = distributed.sum_over_ranks(torch.stack([side.objective_sum() for side in directions]).sum()) / num_rows_all
+    sums = torch.stack([(side.objective * side.row_weight).sum() for side in directions])
+    loss = distributed.sum_over_ranks(sums.sum()) / num_rows_all
     if not gradients:
         return Solution(loss, (None,) * (2 + len(sides)), tuple(side.stats(gradients=False) for side in directions))
 
