@@ -59,10 +59,8 @@ def _reach(value: Any, depth: int, seen: set[int]) -> Iterator[nn.Module | Gener
             yield from _reach(item, depth, seen)
     else:
         inner: Iterable[Any] = ()
-        if isinstance(value, dict):
-            inner = value.values()
-        elif isinstance(value, (list, tuple, set)):
-            inner = value
+        if isinstance(value, (dict, list, tuple, set)):
+            inner = value.values() if isinstance(value, dict) else value
         elif isinstance(value, types.FunctionType):
             seen.add(id(value))
             inner = _named_by(value)

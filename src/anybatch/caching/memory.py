@@ -42,11 +42,7 @@ class GraphBudget:
         predicted = bytes measured last * padded tokens / padded tokens measured last
         keep if in use + reserve + leaves + spent + predicted + largest (a replay's working set) <= memory
 
-    Args:
-        reserve: Bytes for what comes later in the step (gradients of the parameters, the loss's tiles).
-        num_rows: Rows of the whole step, all towers together, whose embeddings need `leaves` bytes.
-        most: The most bytes of kept graphs, where an earlier step has shown it.
-        modules: Their parameters and buffers are there anyway and are not counted.
+    `reserve` bytes are for what comes later in the step: gradients of the parameters, the loss's tiles.
     """
 
     def __init__(
@@ -62,8 +58,8 @@ class GraphBudget:
         self.device = torch.device(device)
         self.limit = parse_memory(memory, total_memory(self.device))
         self.start = memory_in_use(self.device) + reserve
-        self.num_rows = num_rows
-        self.most = most
+        self.num_rows = num_rows  # of the whole step, all towers together
+        self.most = most  # bytes of kept graphs, where an earlier step has shown it
         self.leaves = 0  # bytes of the embeddings of all rows and what the loss makes of them, once seen
         self.spent = 0  # bytes of the graphs kept so far
         self.largest = 0  # bytes of the largest graph measured
@@ -154,10 +150,6 @@ class StepMemory:
         memory: The most memory in use on the device, parameters, optimiser and other processes included: "8GiB", "80%",
             or bytes.
 
-    Attributes:
-        learned: The most padded tokens of a mini-batch, known from running out of memory; None while it never did.
-        learned_samples: The same in rows, of inputs without lengths (images).
-
     Example:
         >>> from anybatch import InfoNCE, cached_step
         >>> encoder, memory = torch.nn.Linear(6, 4), StepMemory("80%")
@@ -170,8 +162,8 @@ class StepMemory:
     def __init__(self, memory: str | int = "80%") -> None:
         parse_memory(memory, 2**40)  # a wrong form is reported here, not in the first step
         self.memory = memory
-        self.learned: int | None = None
-        self.learned_samples: int | None = None
+        self.learned: int | None = None  # the most padded tokens of a mini-batch, once memory ran out
+        self.learned_samples: int | None = None  # the same in rows, of inputs without lengths (images)
         self._most_kept: int | None = None
         self._budget: GraphBudget | None = None
         self._found: dict[tuple[object, ...], tuple[int, int]] = {}  # by modules: longest row measured, tokens

@@ -30,10 +30,7 @@ if TYPE_CHECKING:
 KINDS = {
     "mteb": ("--mteb (tasks of MTEB)", ("mteb",)),
     "labelled": ("--labelled (images with classes, told by others)", ("data", "labelled", "anchor", "limit")),
-    "template": (
-        "--template (images with classes, told by their names)",
-        ("data", "template", "class_names", "anchor", "limit"),
-    ),
+    "template": ("--template (classes of images, by name)", ("data", "template", "class_names", "anchor", "limit")),
     "candidates": ("--data (queries with candidates of their own)", ("data", "images", "recipe")),
     "beir": ("--data (a folder in BEIR's layout)", ("data", "split", "quoting")),
     "data": ("--data (pairs)", ("data", "anchor", "positive", "images", "limit", "quoting")),

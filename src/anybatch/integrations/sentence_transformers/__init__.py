@@ -5,25 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
-    "Trainer": "trainer",
-    "CachedLoss": "loss",
-    "TwoViewLoss": "two_views",
-    "PlanBatches": "batches",
-    "with_index": "sets",
-    "ImageCollator": "collating",
-    "undecoded": "collating",
-    "LossStateCallback": "callback",
-    "last_whole_checkpoint": "callback",
-    "load_grown_loss": "callback",
-    "TrainConfig": "training",
-    "TrainResult": "training",
-    "train_model": "training",
-    "ModelConfig": "model",
-    "load_model": "model",
-    "embed_texts": "embed",
-    "embed_to_file": "embed",
+_NAMES = {
+    "trainer": ("Trainer",),
+    "loss": ("CachedLoss",),
+    "two_views": ("TwoViewLoss",),
+    "batches": ("PlanBatches",),
+    "sets": ("with_index",),
+    "collating": ("ImageCollator", "undecoded"),
+    "callback": ("LossStateCallback", "last_whole_checkpoint", "load_grown_loss"),
+    "training": ("TrainConfig", "TrainResult", "train_model"),
+    "model": ("ModelConfig", "load_model"),
+    "embed": ("embed_texts", "embed_to_file"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 

@@ -26,11 +26,8 @@ PAPER = re.compile(r'([^".:;()]+?(?: et al\.)?) (\d{4}), "([^"]+)"(?: \([^)]*\))
 
 @dataclass
 class ModelCard(SentenceTransformerModelCardData):
-    """The guest's data for a model card, with what a run tells of itself.
-
-    Attributes:
-        training: Lines of the table "Training", by label.
-        figures: On held-out data, by name: before training, and after it.
+    """The guest's data for a model card, with what a run tells of itself: lines of the table "Training", by label, and
+    figures on held-out data, by name, before and after training.
 
     Example:
         >>> card = ModelCard(model_name="My model")
@@ -124,14 +121,8 @@ def bibtex(*sources: Any) -> str:
     """The papers that docstrings cite, as BibTeX, each once.
 
     >>> from anybatch.losses import InfoNCE
-    >>> print(bibtex(InfoNCE, InfoNCE))
-    @misc{oord2018,
-        title={Representation Learning with Contrastive Predictive Coding},
-        author={van den Oord and others},
-        year={2018},
-        eprint={1807.03748},
-        archivePrefix={arXiv},
-    }
+    >>> bibtex(InfoNCE, InfoNCE).splitlines()[:2]
+    ['@misc{oord2018,', '    title={Representation Learning with Contrastive Predictive Coding},']
     """
     entries: dict[str, str] = {}
     for source in sources:
