@@ -70,9 +70,7 @@ class RunOptions:
     model: Annotated[str | None, typer.Option(help="The model to train: folder or hub name."), "model.name"] = None
     device: DeviceOption = None
     teacher: Annotated[str | None, typer.Option(help="The model that ranks data for mining."), "teacher.name"] = None
-    batch_size: Annotated[int | None, typer.Option(help="The contrastive batch, over all processes."), "batch_size"] = (
-        None
-    )
+    batch_size: Annotated[int | None, typer.Option(help="The contrastive batch of all processes."), "batch_size"] = None
     seed: Annotated[int | None, typer.Option(help="Fixes batches, initialisation and dropout."), "seed"] = None
     loss: Annotated[str | None, typer.Option(help="Such as infonce; by default recommended."), "loss.name"] = None
     recipe: Annotated[

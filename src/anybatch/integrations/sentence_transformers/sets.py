@@ -55,8 +55,6 @@ def row_ids(sets: Mapping[str, Dataset]) -> dict[str, Any]:
     # 2. In the order of their numbers, which a user may have given before shuffling or selecting.
     check_numbers(list(sets.values()), None)
     numbers = np.concatenate([np.asarray(part.with_format("numpy")["label"]) for part in sets.values()])
-    if np.array_equal(numbers, np.arange(len(numbers))):
-        return ids
     ordered = {}
     for name, values in ids.items():
         if values is not None:  # explicit negatives, where there are none
