@@ -23,20 +23,18 @@ def test_every_method_on_both_kinds_of_batches():
     )
     assert steps == [(number, 6) for number in range(1, 7)]
     assert comparison.order == ("infonce", "decoupled", "sogclr, weights=inclusion")
-    lines = [(line.method, line.batches) for line in comparison.lines]
-    assert lines == [(name, batches) for batches in ("random", "plan") for name in comparison.order]
-    assert comparison.plain is comparison.lines[0].error
-    assert comparison.batch_size == 16
+    assert list(comparison.errors) == [(name, batches) for batches in ("random", "plan") for name in comparison.order]
+    assert comparison.plain is comparison.errors["infonce", "random"]
 
 
 def test_random_plans_and_plans_of_one_cluster_leave_out_what_has_no_meaning():
     pairs = FrozenPairs.prepare(*embeddings(80), temperature=0.2)
     chosen = [LossConfig(name="infonce"), LossConfig(name="sogclr", gamma=0.5, weights="inclusion")]
     plain = compare_methods(pairs, BatchPlan.random(80, 10), methods=chosen, num_batches=16)
-    assert {line.batches for line in plain.lines} == {"random"}
+    assert {batches for _, batches in plain.errors} == {"random"}
     single = compare_methods(pairs, clusters(80, 8, 8), methods=chosen, num_batches=16)
     weighted = "sogclr, gamma=0.5, weights=inclusion"  # on random batches without the weights
-    assert {(line.method, line.batches) for line in single.lines} == {
+    assert {*single.errors} == {
         *(("infonce", batches) for batches in ("random", "plan")),
         (weighted, "random"),
     }
@@ -61,4 +59,4 @@ def test_words():
 def test_both_directions():
     pairs = FrozenPairs.prepare(*embeddings(160), temperature=0.2, direction="both")
     result = compare_methods(pairs, clusters(160, 8, 16), methods=[LossConfig(name="infonce")], num_batches=20)
-    assert len(result.lines) == 2
+    assert len(result.errors) == 2

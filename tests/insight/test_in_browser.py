@@ -39,8 +39,8 @@ def pages(folder):
     methods = [LossConfig(name="infonce"), LossConfig(name="count_corrected", weights="inclusion")]
     comparison = compare_methods(FrozenPairs.prepare(anchors, positives), plan, methods=methods, num_batches=16)
     figures = set_figures(seen, plan)
-    for line in comparison.lines:
-        figures += gradient_figures(line.method, line.error, "random batches", comparison.plain)
+    for (method, _), error in comparison.errors.items():
+        figures += gradient_figures(method, error, "random batches", comparison.plain)
     figures += [replace(figure, passed=passed) for figure, passed in zip(figures, (True, False, None))]
     memory = {
         "without caching": SimpleNamespace(train_peak_bytes=3 * 2**30, train_seconds=8),

@@ -190,8 +190,8 @@ def measured(pairs, plan, loss, **settings):
 
 def with_planned(gradients, error):
     """The same with another error on the plan's batches."""
-    lines = [replace(line, error=error) if line.batches == "plan" else line for line in gradients.lines]
-    return replace(gradients, lines=tuple(lines))
+    errors = {key: error if key[1] == "plan" else measured for key, measured in gradients.errors.items()}
+    return replace(gradients, errors=errors)
 
 
 def test_each_warning_has_its_cause(mined):

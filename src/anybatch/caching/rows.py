@@ -26,10 +26,6 @@ _SHARED_KEYS = ("modality", "task", "prompt_length")  # of sentence-transformers
 _SIMPLE = (str, bytes, numbers.Number, enum.Enum, np.generic, torch.dtype, torch.device, Path, type(None))
 _COUNTING = (*(key for keys in COUNTS.values() for key in keys), *GRIDS)  # what counts rows by its name
 _Path = tuple[str, ...]  # of keys, from the batch inwards
-NO_LENGTHS = (
-    "nothing tells the lengths of these inputs: they have no two-dimensional attention_mask, or hold a tensor of "
-    "unknown meaning with an axis as long as it"
-)
 
 
 @dataclass(frozen=True)

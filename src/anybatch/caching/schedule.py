@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anybatch.caching.rows import NO_LENGTHS, rows_of
+from anybatch.caching.rows import rows_of
 from anybatch.core.errors import AnybatchError
 
 
@@ -28,7 +28,10 @@ def plan_mini_batches(
     check_limits(mini_batch_size=mini_batch_size, max_tokens=max_tokens)
     lengths = slicer.lengths
     if max_tokens is not None and lengths is None and not (slicer.images and mini_batch_size is not None):
-        raise AnybatchError(f"max_tokens counts tokens, but {NO_LENGTHS}. Use mini_batch_size.")
+        raise AnybatchError(
+            "max_tokens counts tokens, but nothing tells the lengths of these inputs: they have no two-dimensional "
+            "attention_mask, or hold a tensor of unknown meaning with an axis as long as it. Use mini_batch_size."
+        )
     order = torch.arange(slicer.num_rows)
     if lengths is None:
         assert mini_batch_size is not None

@@ -36,12 +36,12 @@ def command(options: PlanOptions) -> None:
             progress=lambda done, total: bars("methods", done, total),
         )
     figures = []
-    for line in comparison.lines:
-        of_line = gradient_figures(f"{line.method} on {line.batches} batches", line.error, "InfoNCE", comparison.plain)
-        figures += of_line[line.error is comparison.plain :]  # which has nothing to be nearer than
+    for (method, batches), error in comparison.errors.items():
+        of_line = gradient_figures(f"{method} on {batches} batches", error, "InfoNCE", comparison.plain)
+        figures += of_line[error is comparison.plain :]  # which has nothing to be nearer than
     both = ", both directions" if frozen.direction == "both" else ""
     show(figure_table(figures, f"Distance to the gradient over all data{both}"))
-    say(bias_sentence(comparison.plain, comparison.batch_size))
+    say(bias_sentence(comparison.plain, sources.plan.batch_size))
     say(
         "This compares gradients on embeddings that stand still. It does not know that a model moves, that hard "
         "negatives may be false, or that memory grows stale: take it for a first choice, and measure on held-out data."

@@ -104,7 +104,10 @@ def command(
         say(f"Page: {html}")
     if json_file is not None:
         sets = {name: asdict(seen) for name, seen in inspections.items()}
-        errors = [] if gradients is None else [asdict(line) for line in gradients.lines]
+        errors = [
+            {"method": method, "batches": batches, "error": asdict(error)}
+            for (method, batches), error in (gradients.errors.items() if gradients is not None else ())
+        ]
         found = {"sets": sets, "gradient": errors, "warnings": warnings, "missing": missing}
         write_text(json_file, json.dumps({"plan": plan.digest, **found}, indent=2))
 

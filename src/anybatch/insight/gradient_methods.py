@@ -64,39 +64,26 @@ def beside_plain(loss: LossConfig, plan: BatchPlan) -> list[LossConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodError:
-    """A line of the comparison: what was measured of a method on the batches of the "plan", or on "random" ones."""
-
-    method: str
-    batches: str
-    error: GradientError
-
-
-@dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """All lines, those on random batches first; the names of the methods, as they were given; the batch size.
+    """What was measured of each method on "random" batches and on those of the "plan"; the methods as they were given.
 
     Example:
-        >>> import numpy as np
         >>> pairs = FrozenPairs.prepare(*np.random.default_rng(0).normal(size=(2, 32, 8)))
-        >>> compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).lines[0].batches
-        'random'
+        >>> list(compare_methods(pairs, BatchPlan.random(32, 8), methods=[LossConfig(name="infonce")]).errors)
+        [('infonce', 'random')]
     """
 
-    lines: tuple[MethodError, ...]
+    errors: dict[tuple[str, str], GradientError]
     order: tuple[str, ...]
-    batch_size: int
 
     def of(self, method: str, batches: str) -> GradientError | None:
         """What was measured of a method on one kind of batches; None where it was not."""
-        return next((line.error for line in self.lines if (line.method, line.batches) == (method, batches)), None)
+        return self.errors.get((method, batches))
 
     @property
     def plain(self) -> GradientError:
         """Of the first method on random batches."""
-        error = self.of(self.order[0], "random")
-        assert error is not None
-        return error
+        return self.errors[self.order[0], "random"]
 
 
 def compare_methods(
@@ -150,10 +137,10 @@ def compare_methods(
             if method.weights != "inclusion" or weighable
         ]
     # 3. Measure.
-    lines, objective = [], {"temperature": pairs.temperature, "direction": pairs.direction}
+    errors, objective = {}, {"temperature": pairs.temperature, "direction": pairs.direction}
     for number, (batches, chosen, method, name) in enumerate(wanted, start=1):
         settings = {key: value for key, value in objective.items() if key in method.options}
-        error = gradient_error(
+        errors[name, batches] = gradient_error(
             pairs,
             build_loss(replace(method, matryoshka=None, **settings), num_rows=len(pairs)),
             plan=chosen,
@@ -161,9 +148,8 @@ def compare_methods(
             mask_suspects=method.mask_suspects is True,
             num_batches=num_batches,
         )
-        lines.append(MethodError(method=name, batches=batches, error=error))
         progress(number, len(wanted))
-    return GradientComparison(lines=tuple(lines), order=tuple(names), batch_size=plan.batch_size)
+    return GradientComparison(errors=errors, order=tuple(names))
 
 
 def gradient_figures(name: str, error: GradientError, other_name: str, other: GradientError) -> list[Figure]:

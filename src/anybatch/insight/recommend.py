@@ -258,7 +258,7 @@ def _look_at_gradients(
             f"are looked at with --seconds {looked.seconds_most}."
         )
         return
-    found.notes.append(bias_sentence(comparison.plain, comparison.batch_size))
+    found.notes.append(bias_sentence(comparison.plain, plan.batch_size))
     if not telling:
         return
     found.against += plan_warnings(plan, None, comparison)
