@@ -22,12 +22,7 @@ ABSENT = b"\xff"  # key of an explicit negative that is not there; no text has i
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedInput:
-    """One side of a pair: a text, images, or both; at least one of them.
-
-    >>> cat = EncodedImage(encoded=b"...", where="row 1, 'photo' of pets.parquet")
-    >>> MixedInput(text="What is it?", images=(cat,)).text
-    'What is it?'
-    """
+    """One side of a pair: a text, images, or both; at least one of them."""
 
     text: str | None
     images: tuple[EncodedImage, ...] = ()
@@ -195,11 +190,7 @@ def kind_of(column: Column) -> Literal["text", "image", "both"]:
 
 
 def kinds_of_rows(column: NegativeColumn) -> np.ndarray:
-    """(n,) int: 1 a text, 2 images, 3 both, 0 nothing.
-
-    >>> kinds_of_rows(["a cat", None]).tolist()
-    [1, 0]
-    """
+    """(n,) int: 1 a text, 2 images, 3 both, 0 nothing."""
     if isinstance(column, ImageColumn):
         return np.full(len(column), 2)
     if isinstance(column, MixedColumn):

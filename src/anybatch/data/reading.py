@@ -217,11 +217,7 @@ def _are_paths(cells: Sequence[Cell], name: str, where: str) -> bool:
 
 
 class ImagePool:
-    """The images of a file: those stored in it, then the files that it names, each once.
-
-    >>> ImagePool(Path("photos"), "pairs.csv").column([("a cat", ()), None])
-    ['a cat', None]
-    """
+    """The images of a file: those stored in it, then the files that it names, each once."""
 
     def __init__(self, root: Path, where: str) -> None:
         self.root, self.where = root, where

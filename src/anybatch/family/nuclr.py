@@ -119,9 +119,8 @@ class Margins(Part):
             back=direction == 1,
             margin=-margins / tau,
         )
-        return replace(
-            side, rule=margined, log_weight=weight, column_weight=margined.weight if batch.updating else None
-        )
+        asked = margined.weight if batch.updating else None
+        return replace(side, rule=margined, log_weight=weight, column_weight=asked)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""

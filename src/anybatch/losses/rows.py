@@ -138,9 +138,7 @@ class RowTable(nn.Module):
         if mask_suspects and plan.suspects is not None:
             self.suspects = suspect_keys(plan.suspects, positives, self.width)
         elif mask_suspects:
-            warnings.warn(
-                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
-            )
+            warnings.warn("The plan has no suspects, so there is nothing to mask (mask_suspects).", stacklevel=2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
         """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""

@@ -84,9 +84,7 @@ class Search:
         check_embeddings("query", queries, zeros=True)
         check_embeddings("document", documents, zeros=True)
         if queries.shape != documents.shape:
-            raise AnybatchError(
-                f"The queries have shape {queries.shape}, the documents {documents.shape}; expected the same."
-            )
+            raise AnybatchError(f"Queries have shape {queries.shape}, documents {documents.shape}; expected the same.")
         chosen = checked_rows("columns", columns, len(documents)).astype(np.int32)
         return cls(queries, documents, num_neighbors, compact_ids(len(queries), **ids), chosen, device)
 
