@@ -64,19 +64,12 @@ class MixedColumn(Rows[MixedInput]):
         first = np.cumsum([0, *map(len, collections)])
         start = {id(images): int(place) for images, place in zip(collections, first, strict=False)}
         width = max((column.places.shape[1] for column in columns), default=0)
-        places = [
-            np.pad(
-                np.where(column.places == NONE, NONE, column.places + start.get(id(column.images), 0)),
-                ((0, 0), (0, width - column.places.shape[1])),
-                constant_values=NONE,
-            )
-            for column in columns
-        ]
-        return cls(
-            [text for column in columns for text in column.texts],
-            ImageColumn.join(collections) if collections else None,
-            np.concatenate(places),
-        )
+        places = []
+        for column in columns:
+            moved = np.where(column.places == NONE, NONE, column.places + start.get(id(column.images), 0))
+            places.append(np.pad(moved, ((0, 0), (0, width - moved.shape[1])), constant_values=NONE))
+        texts = [text for column in columns for text in column.texts]
+        return cls(texts, ImageColumn.join(collections) if collections else None, np.concatenate(places))
 
     @cached_property
     def has_images(self) -> np.ndarray:
