@@ -81,7 +81,7 @@ def read_retrieval(
         document = _id(record, ("doc_id", "corpus-id", "corpus_id", "docid"), row, qrels)
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
-            raise AnybatchError(f"Row {row} of {qrels} judges {unknown}, that is not there. Give the files of one set.")
+            raise AnybatchError(f"Row {row} of {qrels} judges {unknown}, which is not there. Give files of one set.")
         grade = _grade(record, row, qrels)
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
             second = f"grades document {document} for query {query} a second time, and differently"
@@ -91,7 +91,9 @@ def read_retrieval(
     if not relevance:
         raise AnybatchError(f"{qrels} has no judgements.")
     if not any(grade > 0 for grades in relevance.values() for grade in grades.values()):
-        raise AnybatchError(f"No judgement in {qrels} has a grade above 0: nothing is relevant. Is 'score' the column?")
+        raise AnybatchError(
+            f"No judgement in {qrels} has a grade above 0: no document is relevant. Is 'score' the right column?"
+        )
     unused = f"{len(texts) - len(relevance)} queries without judgements"
     logger.info("%s: %d judged queries, %d documents; not used: %s.", qrels, len(relevance), len(documents), unused)
     return RetrievalData(

@@ -65,8 +65,9 @@ def ivf_neighbors(
     cells = _Cells(search, seed=seed, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
     order = cells.query_order(search)
-    units = [(order[start : start + unit_rows],) * 2 for start in range(0, len(queries), unit_rows)]
+    runs = [order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
     pieces, identity = partial(cells.pieces, num_probes=num_probes), f"{identity} {num_probes}"
+    units = [(run, run) for run in runs]
     found = search_units(search, units, pieces, folder=folder, identity=identity, progress=progress)
     return replace(found, recall=recall, num_probes=num_probes)
 
