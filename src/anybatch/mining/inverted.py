@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,9 +145,10 @@ class _Cells:
         """(2, C): for every number of visited cells the recall on a sample, and that less its standard error."""
         num_rows = len(search.queries)
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
-        given, (anchor, positive) = (search.queries, search.documents, search.num_neighbors), search.ids
-        some = {"rows": rows, "columns": search.columns}
-        truth = exact_neighbors(*given, anchor_id=anchor, positive_id=positive, device=self.device, **some)
+        anchor_id, positive_id = search.ids
+        asked: dict[str, Any] = {"rows": rows, "columns": search.columns, "device": self.device}
+        asked |= {"anchor_id": anchor_id, "positive_id": positive_id}
+        truth = exact_neighbors(search.queries, search.documents, search.num_neighbors, **asked)
         cell = np.empty(num_rows, np.int32)
         cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
         scores = np.asarray(search.queries[rows], np.float32) @ self.arrays["centroids"].T
