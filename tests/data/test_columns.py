@@ -46,6 +46,7 @@ def said(caplog):
         (["query", "answer", "document"], {}, ["query", "document"]),
         (["question", "answer", "label"], {}, ["question", "answer"]),
         (["sentence2", "sentence1", "score"], {}, ["sentence1", "sentence2"]),
+        (["id", "title", "abstract"], {}, ["title", "abstract"]),
         (["a", "positive"], {"anchor": "a"}, ["a", "positive"]),
         (["query", "b"], {"positive": "b"}, ["query", "b"]),
         (["query", "answer"], {"anchor": "answer", "positive": "query"}, ["answer", "query"]),

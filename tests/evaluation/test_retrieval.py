@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anybatch.core.errors import AnybatchError
-from anybatch.evaluation.retrieval import evaluate_run, pair_metrics, rank_embeddings, retrieval_metrics
+from anybatch.evaluation.retrieval import pair_metrics, rank_embeddings, retrieval_metrics
 
 KS = (1, 3, 10)
 
@@ -29,10 +29,9 @@ def runs(draw):
     documents = [f"d{number}" for number in draw(st.lists(st.integers(0, 300), min_size=1, max_size=25, unique=True))]
     run, relevance = {}, {}
     for query in range(draw(st.integers(1, 5))):
-        found = draw(st.lists(st.sampled_from(documents), min_size=1, unique=True))
         # Few distinct values make many ties; some differ only beyond float32.
         values = st.sampled_from([0.1, 0.5, 0.5 + 1e-12, 0.5 + 1e-6, -1.0, 2.0, 3e5])
-        run[f"q{query}"] = {document: draw(values) for document in found}
+        run[f"q{query}"] = {document: draw(values) for document in documents}
         judged = draw(st.lists(st.sampled_from(documents), min_size=1, unique=True))
         relevance[f"q{query}"] = {document: draw(st.integers(0, 3)) for document in judged}
     return run, relevance
@@ -42,8 +41,10 @@ def runs(draw):
 @given(case=runs())
 def test_agrees_with_trec_eval_ties_included(case):
     run, relevance = case
-    ours, theirs = evaluate_run(run, relevance, ks=KS), trec(run, relevance)
-    for name, value in theirs.items():
+    documents = list(run["q0"])
+    scores = np.array([list(values.values()) for values in run.values()])
+    ours = retrieval_metrics(np.eye(len(run)), scores.T, relevance, query_ids=list(run), corpus_ids=documents, ks=KS)
+    for name, value in trec(run, relevance).items():
         assert ours[name] == pytest.approx(value, abs=1e-9), name
 
 
@@ -102,4 +103,4 @@ def test_mistakes():
     with pytest.raises(AnybatchError, match="one D"):
         rank_embeddings(good, np.ones((3, 4)))
     with pytest.raises(AnybatchError, match="None of the 1 queries"):
-        evaluate_run({"a": {"d": 1.0}}, {"b": {"d": 1}})
+        retrieval_metrics(good[:1], good, {"b": {"d": 1}}, query_ids=["a"], corpus_ids=["d", "e", "f"])

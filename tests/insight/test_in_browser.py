@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from anybatch.data.images import ImageColumn
 from anybatch.data.pairs import PairData
-from anybatch.insight.demo_page import Cost, render_demo_page
+from anybatch.insight.demo_page import render_demo_page
 from anybatch.insight.gradient_error import FrozenPairs
 from anybatch.insight.gradient_methods import compare_methods, gradient_figures
 from anybatch.insight.plan_figures import set_figures
@@ -41,9 +42,9 @@ def pages(folder):
     for line in comparison.lines:
         figures += gradient_figures(line.method, line.error, "random batches", comparison.plain)
     figures += [replace(figure, passed=passed) for figure, passed in zip(figures, (True, False, None))]
-    costs = {
-        "without caching": Cost(peak_bytes=3 * 2**30, seconds=8),
-        "with caching": Cost(peak_bytes=2**30, seconds=11),
+    memory = {
+        "without caching": SimpleNamespace(train_peak_bytes=3 * 2**30, train_seconds=8),
+        "with caching": SimpleNamespace(train_peak_bytes=2**30, train_seconds=11),
     }
     for row in range(120):
         (folder / f"{row}.png").write_bytes(image(row))
@@ -51,7 +52,7 @@ def pages(folder):
     of_images = PairData(anchors=images, positives=[caption(row) for row in range(120)])
     title = f"Plan /a/{'long/' * 20}plan.safetensors"
     return {
-        "demo": render_demo_page(CURVES, intro=["One " * 80], costs=costs, plan=plan, seen=seen, pairs=pairs),
+        "demo": render_demo_page(CURVES, intro=["One " * 80], memory=memory, plan=plan, seen=seen, pairs=pairs),
         "plan": render_plan_page(
             plan, title=title, tables={"Figures": figures}, warnings=["Look twice."],
             inspections={"": seen}, pairs=pairs, missing=["Texts: give --data."],

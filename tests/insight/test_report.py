@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,7 +11,7 @@ from anybatch.data.pairs import PairData
 from anybatch.insight import Curves, markdown_table
 from anybatch.insight.charts import METHODS, as_file, bar_chart, colour_of, error_chart
 from anybatch.insight.curves import NOISE
-from anybatch.insight.demo_page import BASELINE, METHOD, Cost, quality_chart, render_demo_page
+from anybatch.insight.demo_page import BASELINE, METHOD, quality_chart, render_demo_page
 from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 
@@ -89,11 +90,11 @@ def test_the_page_of_the_demo():
         data_digest="", suspects=np.array([[0, 1], [0, 2], [5, 4]], np.int32),
     )  # fmt: skip
     seen = inspect_plan(plan, *np.random.default_rng(0).normal(size=(2, 16, 8)))[""]
-    costs = {
-        "without caching": Cost(peak_bytes=3 * 2**30, seconds=8),
-        "with caching": Cost(peak_bytes=2**30, seconds=11),
+    memory = {
+        "without caching": SimpleNamespace(train_peak_bytes=3 * 2**30, train_seconds=8),
+        "with caching": SimpleNamespace(train_peak_bytes=2**30, train_seconds=11),
     }
-    page = render_demo_page(CURVES, intro=["One & two"], costs=costs, plan=plan, seen=seen, pairs=pairs)
+    page = render_demo_page(CURVES, intro=["One & two"], memory=memory, plan=plan, seen=seen, pairs=pairs)
     check_page(page)
     assert page.count("<svg") == 2
     assert "<script>" not in page

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
 from transformers import TrainerCallback
 
+from anybatch.caching.state import untouched
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import CARD, CONTENTS, seal_folder
 from anybatch.family import FastCLIP
@@ -27,7 +28,7 @@ from anybatch.integrations.sentence_transformers import CachedLoss, TrainConfig,
 from anybatch.integrations.sentence_transformers import callback as callback_module
 from anybatch.integrations.sentence_transformers.recorder import Recorder
 from anybatch.integrations.sentence_transformers.trainer import Trainer
-from anybatch.integrations.sentence_transformers.training import _is_write_failure, forgotten
+from anybatch.integrations.sentence_transformers.training import _is_write_failure
 from anybatch.losses import InfoNCE, SogCLR
 from anybatch.plans.plan import BatchPlan
 
@@ -215,7 +216,7 @@ def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path):
     assert not _is_write_failure(caught.value)
 
 
-def test_what_is_forgotten_leaves_no_trace(tiny_model_folder):
+def test_an_untouched_model_shows_no_trace(tiny_model_folder):
     model = SentenceTransformer(str(tiny_model_folder), device="cpu").eval()
     model.register_buffer("count", torch.zeros(3))
 
@@ -225,7 +226,7 @@ def test_what_is_forgotten_leaves_no_trace(tiny_model_folder):
         return [*drawn, modes, model.count.tolist(), [p.grad for p in model.parameters()]]
 
     before = state()
-    with forgotten(model):
+    with untouched([model]):
         model.train()
         model.count += 1
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
@@ -346,7 +347,7 @@ def test_steps_and_seconds_are_those_of_training(tiny_model_folder, tmp_path):
     result, _, _ = train(tiny_model_folder, tmp_path, evaluate=evaluate, epochs=2, max_steps=5, eval_steps=2)
     assert result.num_steps == 5
     assert [line["step"] for line in result.log if "loss" in line] == [2, 4, 5]
-    assert 0 < result.seconds <= time.perf_counter() - started - 0.4  # two evaluations are not training
+    assert 0 < result.train_seconds <= time.perf_counter() - started - 0.4  # two evaluations are not training
 
 
 @pytest.mark.parametrize("limit", [{"max_steps": 2}, {"max_steps": 4, "epochs": 2}, {"epochs": 1}])

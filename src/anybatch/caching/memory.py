@@ -36,8 +36,8 @@ LOSS_RESERVE = 2**26  # score tiles; the embeddings and their gradients come on 
 class GraphBudget:
     """Keeps the graphs of one step while they fit: all of a small batch (plain training), the first few of a large one.
 
-    What autograd saves for a mini-batch is counted (each storage once, parameters and what a kept graph holds already
-    not). The next one is no longer, so it has no more bytes per padded token:
+    What autograd saves for a mini-batch is counted, each storage once, without parameters and what a kept graph holds.
+    The next mini-batch is no longer, so it has no more bytes per padded token:
 
         predicted = bytes measured last * padded tokens / padded tokens measured last
         keep if in use + reserve + leaves + spent + predicted + largest (a replay's working set) <= memory
@@ -202,10 +202,8 @@ class StepMemory:
 
     def record_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
         """Memory ran out; `tokens` padded tokens are tried next (rows, of inputs without lengths)."""
-        if by_rows:
-            self.learned_samples = _least(tokens, self.learned_samples)
-        else:
-            self.learned = _least(tokens, self.learned)
+        name = "learned_samples" if by_rows else "learned"
+        setattr(self, name, _least(tokens, getattr(self, name)))
 
     def _probed(self, tower: Tower, num_rows: int) -> int:
         """Padded tokens of a mini-batch; rows, where there are no lengths."""

@@ -103,11 +103,10 @@ class RowsOnDemand(Rows):
     def _slicer(self, inputs: Any, rows: Tensor) -> RowSlicer:
         """What was made of `rows`, on the device, with what goes beside it."""
         if self.inputs:
-            of_rows = {
-                key: value.index_select(0, rows.to(value.device)) if _has_rows(value, self.num_rows) else value
-                for key, value in self.inputs.items()
-            }
-            inputs = {**inputs, **of_rows}
+            inputs = dict(inputs)
+            for key, value in self.inputs.items():
+                of_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == self.num_rows
+                inputs[key] = value.index_select(0, rows.to(value.device)) if of_rows else value
         inputs = _on(self.device, inputs)
         slicer = RowSlicer(inputs, image_tokens=self.image_tokens)
         slicer.trim_to(self.trim)
@@ -128,16 +127,8 @@ class RowsOnDemand(Rows):
         return inputs
 
 
-def _has_rows(value: Any, num_rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == num_rows
-
-
 def _on(device: torch.device | None, value: Any) -> Any:
     """The tensors of a mapping on a device."""
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and device is not None:
         return {key: _on(device, item) for key, item in value.items()}
-    return value
+    return value.to(device) if isinstance(value, Tensor) and device is not None else value

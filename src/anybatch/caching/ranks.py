@@ -7,6 +7,7 @@ without a gradient through every parameter follows: the wrapper then reduces by 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -176,7 +177,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         return
     used = _any_rank([parameter.grad is not None for parameter in trained], trained[0].device)
     buckets: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in (parameter for parameter, reached in zip(trained, used) if reached):
+    for parameter in itertools.compress(trained, used):
         bucket = buckets.setdefault((parameter.dtype, parameter.device), [])
         bucket.append(parameter)
         if sum(p.numel() * p.element_size() for p in bucket) >= BUCKET_BYTES:

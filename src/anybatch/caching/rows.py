@@ -172,7 +172,9 @@ class RowSlicer(Rows):
         if path in self._pieces:
             return self._pieces[path].take(value, rows)
         if isinstance(value, Tensor):
-            return self._take_tensor(value, rows, path, window)
+            if window is not None and value.ndim >= 2 and value.shape[1] == window[0] and path[-1] != PIXELS:
+                value = value[:, window[1] : window[2]]
+            return value if value.ndim == 0 else value.index_select(0, rows.to(value.device))
         if isinstance(value, np.ndarray):
             return value[rows.numpy()] if value.ndim > 0 else value
         columns = _columns(value)
@@ -188,13 +190,6 @@ class RowSlicer(Rows):
             items = [value[row] for row in rows.tolist()]
             return tuple(items) if isinstance(value, tuple) and path else items
         return value
-
-    def _take_tensor(self, value: Tensor, rows: Tensor, path: _Path, window: tuple[int, int, int] | None) -> Tensor:
-        if value.ndim == 0:
-            return value
-        if window is not None and value.ndim >= 2 and value.shape[1] == window[0] and path[-1] != PIXELS:
-            value = value[:, window[1] : window[2]]
-        return value.index_select(0, rows.to(value.device))
 
     def _check(self, value: Any, path: _Path) -> None:
         """Refuse what can be neither cut nor shared, and note the spans and pieces of what can."""
@@ -262,16 +257,11 @@ def _columns(value: Any) -> Mapping[str, Any] | None:
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return dict(zip(value._fields, value))  # type: ignore[attr-defined]
-    if isinstance(value, (list, tuple)) and _tensor_columns(value):
-        return {str(number): item for number, item in enumerate(value)}
+    items = value if isinstance(value, (list, tuple)) else ()
+    tensors = all(isinstance(item, Tensor) and item.ndim > 0 for item in items)
+    if tensors and len({item.dtype for item in items}) > 1 and len({len(item) for item in items}) == 1:
+        return {str(number): item for number, item in enumerate(items)}  # one item per row would have one dtype
     return None
-
-
-def _tensor_columns(value: Sequence[Any]) -> bool:
-    """Whether a list of tensors holds columns: one item per row would have one dtype."""
-    if len(value) < 2 or not all(isinstance(item, Tensor) and item.ndim > 0 for item in value):
-        return False
-    return len({len(item) for item in value}) == 1 and len({item.dtype for item in value}) > 1
 
 
 def _is_list(value: Any) -> bool:

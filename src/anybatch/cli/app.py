@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from anybatch import __version__
-from anybatch.cli import config, demo, doctor, evaluate, inspect, mine, recommend, train
+from anybatch.cli import config, demo, doctor, evaluate, inspect_gradient, inspect_plan, mine, recommend, train
 
 app = typer.Typer(
     name="anybatch",
@@ -35,4 +35,7 @@ def command(
 
 for verb in (demo, recommend, mine, train, evaluate, doctor, config):
     app.command(name=verb.__name__.rsplit(".", 1)[1])(verb.command)
-app.add_typer(inspect.verbs, name="inspect")
+inspect = typer.Typer(help="What is in a plan.", no_args_is_help=True, rich_markup_mode=None)
+inspect.command(name="plan")(inspect_plan.command)
+inspect.command(name="gradient")(inspect_gradient.command)
+app.add_typer(inspect, name="inspect")

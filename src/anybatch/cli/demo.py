@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,7 +164,7 @@ def _mine(folder: Path, teacher: str, bars: Bars) -> dict[str, Any]:
     with open_run(config):
         plan = make_plan(config, pairs, bars)
         vectors = teacher_embeddings(config, pairs, bars)
-    seen = inspect_plan(plan, *vectors, anchor_id=pairs.anchor_id, positive_id=pairs.positive_id)
+    seen = inspect_plan(plan, *vectors, **pairs.ids)
     return {"plan": plan, "seen": seen[""], "pairs": pairs}
 
 
@@ -180,7 +179,7 @@ def _report(
     from anybatch.core.files import write_text
     from anybatch.insight import Curves
     from anybatch.insight.charts import as_file
-    from anybatch.insight.demo_page import BASELINE, METHOD, Cost, quality_chart, render_demo_page
+    from anybatch.insight.demo_page import BASELINE, METHOD, quality_chart, render_demo_page
     from anybatch.insight.tables import rich_table
 
     curves = Curves(
@@ -189,9 +188,6 @@ def _report(
             for name in LOSSES
         }
     )
-    costs = {
-        way: Cost(peak_bytes=result.train_peak_bytes, seconds=result.train_seconds) for way, result in memory.items()
-    }
     steps = [results["InfoNCE", size, SEEDS[0]].num_steps for size in SIZES]
     untrained = [results["InfoNCE", SIZES[0], seed].metrics_untrained["ndcg@10"] for seed in SEEDS]
     seconds, used = time.perf_counter() - started, sum(os.times()[:4])
@@ -205,11 +201,14 @@ def _report(
         f"pairs. All of this took {seconds:.0f} seconds here, and {used:.0f} of processor time.",
     ]
     write_text(folder / "quality.svg", as_file(quality_chart(curves)))
-    write_text(folder / "report.html", render_demo_page(curves, intro=intro, costs=costs, **mined))
+    write_text(folder / "report.html", render_demo_page(curves, intro=intro, memory=memory, **mined))
     figures = {
         "ndcg@10": curves.figures,
         "standard error": curves.error,
-        "memory": {way: asdict(cost) for way, cost in costs.items()},
+        "memory": {
+            way: {"peak_bytes": result.train_peak_bytes, "seconds": result.train_seconds}
+            for way, result in memory.items()
+        },
         "seconds": seconds,
         "processor seconds": used,
     }
@@ -218,7 +217,8 @@ def _report(
     show(rich_table(header, lines, left=()), whole=True)
     for sentence in curves.sentences(METHOD, BASELINE):
         say(sentence)
-    for way, cost in costs.items():
-        say(f"A batch of {SIZES[-1]:,} pairs through a transformer layer {way}: {cost.gibibytes:.2f} GiB.")
+    for way, result in memory.items():
+        gibibytes = result.train_peak_bytes / 2**30
+        say(f"A batch of {SIZES[-1]:,} pairs through a transformer layer {way}: {gibibytes:.2f} GiB.")
     say(f"Page: {folder / 'report.html'}   figure: {folder / 'quality.svg'}   ({seconds:.0f} s)")
     say("Your data: anybatch train --data pairs.csv --model MODEL --output runs/first")

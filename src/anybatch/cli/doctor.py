@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from anybatch.cli.options import RunOptions, with_options
 from anybatch.cli.progress import say, show
@@ -23,6 +22,7 @@ def command(
     Exit code 1 if not exact.
     """
     from anybatch.insight.doctor import examine
+    from anybatch.insight.tables import rich_table
 
     options = replace(options, output=options.output or "unused")  # nothing is written
     if options.config is None:  # no batch of a run need be filled
@@ -31,13 +31,11 @@ def command(
     if result.errors:
         worst = sorted(result.errors.items(), key=lambda item: -item[1])
         shown = len(worst) if show_all else 10
-        table = Table("parameter", title="Relative error of the gradient", title_justify="left")
-        table.add_column("error", justify="right")
-        for name, error in worst[:shown]:
-            table.add_row(name, f"{error:.1e}")
+        lines = [(name, f"{error:.1e}") for name, error in worst[:shown]]
         if worst[shown:]:
-            table.add_row(f"{len(worst) - shown} more, at most", f"{worst[shown][1]:.1e}")
-        show(table, whole=True)
+            lines.append((f"{len(worst) - shown} more, at most", f"{worst[shown][1]:.1e}"))
+        title = "Relative error of the gradient"
+        show(rich_table(["parameter", "error"], lines, left=(0,), title=title), whole=True)
         together = f"relative error {result.error:.1e} (tolerance {result.tolerance:.0e}); loss {result.loss_error:.1e}"
         say(f"All parameters together: {together}.")
     for finding in result.findings:

@@ -14,9 +14,8 @@ def command(options: PlanOptions) -> None:
 
     Beside it plain InfoNCE on random batches, whose bias is what a correction or a memory is for.
     """
-    from anybatch.insight.gradient_methods import bias_sentence, compare_methods, gradient_figures, name_of
-    from anybatch.insight.tables import figure_lines, rich_table
-    from anybatch.losses.registry import LossConfig
+    from anybatch.insight.gradient_methods import beside_plain, bias_sentence, compare_methods, gradient_figures
+    from anybatch.insight.tables import figure_table
 
     sources = PlanSources(options)
     pairs, vectors = sources.pairs(), sources.embeddings()
@@ -26,25 +25,22 @@ def command(options: PlanOptions) -> None:
             "configuration. Give them with --embeddings ANCHORS.npy POSITIVES.npy (any model's, best the student's at "
             "its start; `anybatch mine` writes its teacher's)."
         )
-    loss, suspects = sources.loss, sources.plan.suspects if sources.loss.mask_suspects is True else None
-    plain = LossConfig(name="infonce", mask_suspects=suspects is not None)
     with Bars() as bars:
         bars("full-data gradient", 0, 1)
-        frozen = sources.frozen(vectors, pairs, suspects)
+        frozen = sources.frozen(vectors, pairs)
         bars("full-data gradient", 1, 1)
         comparison = compare_methods(
             frozen,
             sources.plan,
-            methods=[plain, *([loss] if name_of(loss) != name_of(plain) else [])],
+            methods=beside_plain(sources.loss, sources.plan),
             progress=lambda done, total: bars("methods", done, total),
         )
     figures = []
     for line in comparison.lines:
         of_line = gradient_figures(f"{line.method} on {line.batches} batches", line.error, "InfoNCE", comparison.plain)
         figures += of_line[line.error is comparison.plain :]  # which has nothing to be nearer than
-    header, lines = figure_lines(figures)
-    both = ", both directions" if sources.direction == "both" else ""
-    show(rich_table(header, lines, left=range(len(header)), title=f"Distance to the gradient over all data{both}"))
+    both = ", both directions" if frozen.direction == "both" else ""
+    show(figure_table(figures, f"Distance to the gradient over all data{both}"))
     say(bias_sentence(comparison.plain, comparison.batch_size))
     say(
         "This compares gradients on embeddings that stand still. It does not know that a model moves, that hard "

@@ -40,7 +40,7 @@ def command(
     from anybatch.insight.gradient_methods import compare_methods, gradient_figures, name_of
     from anybatch.insight.plan_figures import plan_sentence, plan_warnings, set_figures, stored_warnings
     from anybatch.insight.plan_page import render_plan_page
-    from anybatch.insight.tables import figure_lines, rich_table
+    from anybatch.insight.tables import figure_table
     from anybatch.mining.inspection import inspect_plan
 
     # 1. Find what belongs to the plan.
@@ -59,7 +59,7 @@ def command(
             inspections = inspect_plan(
                 plan,
                 *vectors,
-                **sources.ids(pairs),
+                **({} if pairs is None else pairs.ids),
                 temperature=sources.temperature,
                 num_anchors=options.anchors,
                 progress=lambda fraction: bars("softmax mass", round(100 * fraction), 100),
@@ -68,8 +68,7 @@ def command(
                 missing.append("The gradient's error: of several data sets each has an own. Mine one by itself.")
             else:
                 bars("gradient", 0, 1)
-                suspects = plan.suspects if masks else None
-                gradients = compare_methods(sources.frozen(vectors, pairs, suspects), plan, methods=[sources.loss])
+                gradients = compare_methods(sources.frozen(vectors, pairs), plan, methods=[sources.loss])
                 bars("gradient", 1, 1)
     seen = inspections.get("") if len(inspections) == 1 else None
     warnings = plan_warnings(plan, seen, gradients, mask_suspects=masks)
@@ -88,8 +87,7 @@ def command(
     for warning in warnings:
         say(f"Warning: {warning}")
     for title, figures in tables.items():
-        header, lines = figure_lines(figures)
-        show(rich_table(header, lines, left=range(len(header)), title=escape(title)))
+        show(figure_table(figures, escape(title)))
     for name, seen in inspections.items():
         if pairs is not None and seen.suspects:
             _print_suspects(name, seen.suspects, pairs)

@@ -21,103 +21,70 @@ from anybatch.core.errors import AnybatchError
 if TYPE_CHECKING:
     from anybatch.run.config import RunConfig
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="A YAML file; `anybatch config` prints every key.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable."),
-]
-OutputOption = Annotated[
-    str | None,
-    typer.Option("--output", help="Folder of the run, new or of the run to resume; by default runs/NAME of the data."),
-]
+# Each option, and the setting that it stands for.
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME."),
+    typer.Option(help="Pairs: JSONL(.gz), CSV, TSV, Parquet, a folder of `datasets`, or hf://OWNER/NAME."),
+    "data.path",
 ]
 AnchorOption = Annotated[
-    list[str] | None,
-    typer.Option("--anchor", help="Name of the anchor column; twice for a text and its image."),
+    list[str] | None, typer.Option(help="Name of the anchor column; twice for a text and its image."), "data.anchor"
 ]
 PositiveOption = Annotated[
-    list[str] | None, typer.Option("--positive", help="Name of the positive column; twice for a text and its image.")
-]
-NegativeOption = Annotated[
-    list[str] | None, typer.Option("--negative", help="Name of a column with explicit negatives. Repeatable.")
+    list[str] | None, typer.Option(help="Name of the positive column; twice for a text and its image."), "data.positive"
 ]
 ImagesOption = Annotated[
-    str | None, typer.Option("--images", help='Folder that paths of images start from; "" where there are none.')
+    str | None, typer.Option(help='Folder that paths of images start from; "" where there are none.'), "data.images"
 ]
-ViewsOption = Annotated[
-    int | None,
-    typer.Option("--views", help="2: the data are images without labels, of which two random views are made."),
-]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Use only the first pairs.")]
+LimitOption = Annotated[int | None, typer.Option(help="Use only the first pairs."), "data.limit"]
 DeviceOption = Annotated[
-    Literal["cpu", "cuda", "mps"] | None, typer.Option("--device", help="By default a GPU if there is one.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Fixes batches, initialisation and dropout.")]
-LossOption = Annotated[str | None, typer.Option("--loss", help="Its name, such as infonce; by default recommended.")]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Passes over the data.")]
-RateOption = Annotated[float | None, typer.Option("--learning-rate", help="Of the optimiser, at its peak.")]
-EvaluationOption = Annotated[
-    str | None, typer.Option("--eval", help="Held-out pairs; by default a part of --data (evaluation.path=null: none).")
-]
-PlanOption = Annotated[
-    str | None, typer.Option("--plan", help="A plan made by `anybatch mine`; without one it is made here.")
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="The model to train: a folder or a hub name.")]
-TeacherOption = Annotated[str | None, typer.Option("--teacher", help="The model that ranks the data for mining.")]
-BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help="The contrastive batch, over all processes.")]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--recipe", help="A published run's settings where you set none: b3 (B3 on MMEB)."),
+    Literal["cpu", "cuda", "mps"] | None, typer.Option(help="By default a GPU if there is one."), "model.device"
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")]
-
-
-SHORT_CUTS = {  # options and the settings that they stand for
-    "output": "output",
-    "data": "data.path",
-    "anchor": "data.anchor",
-    "positive": "data.positive",
-    "negative": "data.negatives",
-    "images": "data.images",
-    "views": "data.views",
-    "limit": "data.limit",
-    "model": "model.name",
-    "device": "model.device",
-    "teacher": "teacher.name",
-    "batch_size": "batch_size",
-    "seed": "seed",
-    "loss": "loss.name",
-    "epochs": "train.epochs",
-    "learning_rate": "train.learning_rate",
-    "eval": "evaluation.path",
-    "plan": "plan",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options of every verb that works from a run's configuration; None where one was not given."""
 
-    config: ConfigOption = None
-    sets: SetOption = None
-    output: OutputOption = None
+    config: Annotated[Path | None, typer.Option(help="A YAML file; `anybatch config` prints every key.")] = None
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one value, such as loss.name=sogclr. Repeatable."),
+    ] = None
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder of the run, new or of the run to resume; by default runs/NAME of the data."),
+        "output",
+    ] = None
     data: DataOption = None
     anchor: AnchorOption = None
     positive: PositiveOption = None
-    negative: NegativeOption = None
+    negative: Annotated[
+        list[str] | None, typer.Option(help="Name of a column with explicit negatives. Repeatable."), "data.negatives"
+    ] = None
     images: ImagesOption = None
-    views: ViewsOption = None
+    views: Annotated[
+        int | None,
+        typer.Option(help="2: the data are images without labels, of which two random views are made."),
+        "data.views",
+    ] = None
     limit: LimitOption = None
-    model: ModelOption = None
+    model: Annotated[str | None, typer.Option(help="The model to train: a folder or a hub name."), "model.name"] = None
     device: DeviceOption = None
-    teacher: TeacherOption = None
-    batch_size: BatchSizeOption = None
-    seed: SeedOption = None
-    loss: LossOption = None
-    recipe: RecipeOption = None
+    teacher: Annotated[str | None, typer.Option(help="The model that ranks the data for mining."), "teacher.name"] = (
+        None
+    )
+    batch_size: Annotated[int | None, typer.Option(help="The contrastive batch, over all processes."), "batch_size"] = (
+        None
+    )
+    seed: Annotated[int | None, typer.Option(help="Fixes batches, initialisation and dropout."), "seed"] = None
+    loss: Annotated[
+        str | None, typer.Option(help="Its name, such as infonce; by default recommended."), "loss.name"
+    ] = None
+    recipe: Annotated[
+        str | None, typer.Option(help="A published run's settings where you set none: b3 (B3 on MMEB).")
+    ] = None
 
     def resolve(self, *, resume: bool = False) -> RunConfig:
         """The configuration from file, `--set` and short cuts (which win); a new run without a folder gets a free one.
@@ -131,8 +98,10 @@ class RunOptions:
         if self.recipe is not None and self.recipe not in RECIPES:
             raise AnybatchError(f"--recipe is {self.recipe!r}; expected one of: {', '.join(RECIPES)}.")
         config = resumed(self.output) if resume and self.config is None else self.config
-        values = ((key, getattr(self, option, None)) for option, key in SHORT_CUTS.items())
-        overrides = [*(self.sets or []), *((key, value) for key, value in values if value not in (None, []))]
+        overrides: list[Any] = [*(self.sets or [])]
+        for name, option in get_type_hints(type(self), include_extras=True).items():
+            keys = [key for key in option.__metadata__ if isinstance(key, str)]
+            overrides += [(key, getattr(self, name)) for key in keys if getattr(self, name) not in (None, [])]
 
         def complete(tree: dict[str, Any]) -> dict[str, Any]:
             tree = RECIPES[self.recipe](tree) if self.recipe is not None else tree
@@ -149,10 +118,18 @@ class RunOptions:
 class TrainOptions(RunOptions):
     """The options of a run that trains."""
 
-    epochs: EpochsOption = None
-    learning_rate: RateOption = None
-    eval: EvaluationOption = None
-    plan: PlanOption = None
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data."), "train.epochs"] = None
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the optimiser, at its peak."), "train.learning_rate"
+    ] = None
+    eval: Annotated[
+        str | None,
+        typer.Option(help="Held-out pairs; by default a part of --data (evaluation.path=null: none)."),
+        "evaluation.path",
+    ] = None
+    plan: Annotated[
+        str | None, typer.Option(help="A plan made by `anybatch mine`; without one it is made here."), "plan"
+    ] = None
 
 
 def free_name(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -65,7 +65,6 @@ class PlanSources:
             self.loss = with_batches(self.config, mined=self.plan.cluster_size > 1).loss
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
-        self.direction: Any = getattr(self.loss.example(), "direction", "one_way")
         self.missing: list[str] = []
 
     def pairs(self) -> PairData | None:
@@ -121,26 +120,9 @@ class PlanSources:
             return None
         return anchors, positives
 
-    def ids(self, pairs: PairData | None) -> dict[str, Any]:
-        """Which texts are the same; without the data all rows count as different."""
-        return {name: None if pairs is None else getattr(pairs, name) for name in ("anchor_id", "positive_id")}
+    def frozen(self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None) -> FrozenPairs:
+        """The embeddings with the gradient over all data, as the run's loss has it."""
+        from anybatch.insight.gradient_methods import frozen_pairs
 
-    def frozen(
-        self, vectors: tuple[np.ndarray, np.ndarray], pairs: PairData | None, suspects: np.ndarray | None = None
-    ) -> FrozenPairs:
-        """The embeddings with the gradient over all data, of one encoder for both sides unless one is texts and one is
-        images.
-        """
-        from anybatch.data.inputs import kind_of
-        from anybatch.insight.gradient_error import FrozenPairs
-
-        kinds = {kind_of(side) for side in (() if pairs is None else (pairs.anchors, pairs.positives))}
-        return FrozenPairs.prepare(
-            *vectors,
-            temperature=self.temperature,
-            direction=self.direction,
-            tied=kinds != {"text", "image"},
-            num_anchors=max(self.options.anchors, FULL),
-            suspects=suspects,
-            **self.ids(pairs),
-        )
+        anchors = max(self.options.anchors, FULL)
+        return frozen_pairs(vectors, pairs, self.plan, self.loss, temperature=self.temperature, num_anchors=anchors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import TracebackType
@@ -38,6 +39,15 @@ def show(table: Table, *, whole: bool = False) -> None:
         console.width = max(narrow, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     console.width = narrow
+
+
+def show_metrics(results: Mapping[str, Mapping[str, float]]) -> None:
+    """Print figures of several models, one line each, and how far chance may have moved them."""
+    from anybatch.insight.tables import metrics_table, what_is_open
+
+    show(metrics_table(results))
+    if doubt := what_is_open(results):
+        say(doubt)
 
 
 class Messages(logging.Handler):

@@ -33,7 +33,7 @@ def command(
     """
     from anybatch.core.files import write_text
     from anybatch.insight.recommend import recommend
-    from anybatch.insight.tables import figure_lines, rich_table
+    from anybatch.insight.tables import figure_table, rich_table
 
     check_new(json_file, "--json")
     config = replace(options, output=options.output or "unused").resolve()
@@ -48,8 +48,7 @@ def command(
         f"{found.num_steps:,} steps, {_duration(found.run_seconds)} in all with embedding and evaluation, with the "
         "machine as busy as it is now."
     )
-    header, lines = figure_lines(found.figures)
-    show(rich_table(header, lines, left=range(len(header)), title="Measured"))
+    show(figure_table(found.figures, "Measured"))
     for figure in found.figures:
         if figure.passed is False:
             say(f"{figure.name}: {figure.why}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from anybatch.cli.options import ResumeOption, TrainOptions, with_options
-from anybatch.cli.progress import Bars, say, show
+from anybatch.cli.progress import Bars, say, show_metrics
 
 
 @with_options
@@ -26,7 +26,6 @@ def command(
 ) -> None:
     """Train a model: choose the batches (unless a plan is given), fine-tune, evaluate; everything lands in OUTPUT."""
     from anybatch.core.yaml_files import to_yaml
-    from anybatch.insight.tables import metrics_table, what_is_open
     from anybatch.run import job
     from anybatch.run.config import resolved
     from anybatch.run.push import check_push, push_model
@@ -48,10 +47,7 @@ def command(
         return  # one of several ranks speaks
     folder = config.output
     if result.metrics:
-        measured = {"untrained": result.metrics_untrained, "trained": result.metrics}
-        show(metrics_table(measured))
-        if doubt := what_is_open(measured):
-            say(doubt)
+        show_metrics({"untrained": result.metrics_untrained, "trained": result.metrics})
     say(
         f"{result.num_steps} steps in {result.train_seconds:,.0f} s, at most {result.train_peak_bytes / 2**30:.1f} GiB."
     )

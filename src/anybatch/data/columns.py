@@ -24,6 +24,7 @@ CONVENTIONS = (
     ("sentence1", "sentence2"),
     ("text1", "text2"),
     ("qry", "pos"),
+    ("title", "abstract"),
 )
 NEGATIVE = re.compile(r"(hard_)?neg(ative)?s?(_?\d+)?", re.IGNORECASE)
 IMAGE = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?)\s*$", re.IGNORECASE)

@@ -77,6 +77,11 @@ class PairData:
         """(n,) int64: equal where the positives are the same text or image."""
         return self._candidate_ids[0]
 
+    @property
+    def ids(self) -> dict[str, Any]:
+        """Both, by name, as mining and its inspection take them."""
+        return {"anchor_id": self.anchor_id, "positive_id": self.positive_id}
+
     @cached_property
     def shared_id(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids of anchors and positives in one id space: equal where an anchor is another pair's positive as well."""

@@ -14,37 +14,6 @@ KS = (1, 10, 100)
 BLOCK_BYTES = 64 * 2**20  # of scores held at once
 
 
-def evaluate_run(
-    run: Mapping[str, Mapping[str, float]], relevance: Mapping[str, Mapping[str, int]], *, ks: Sequence[int] = KS
-) -> dict[str, float]:
-    """Figures of a run: for each query some documents with scores.
-
-    Args:
-        run: Query id to document id to score.
-        relevance: Query id to document id to grade; documents with a grade above 0 are relevant.
-        ks: Cut-offs.
-
-    Returns:
-        `recall@k`, `mrr@k`, `ndcg@k` for each k, averaged over the queries that are in both and have a judgement, and
-        `num_queries`. A query without a relevant document counts 0, as in trec_eval.
-    """
-    queries = [query for query in run if relevance.get(query)]
-    if not queries:
-        raise AnybatchError(
-            f"None of the {len(run)} queries of the run is among the {len(relevance)} judged ones. Check the ids."
-        )
-    depth = max(ks)
-    totals = np.zeros((3, len(ks)))
-    for query in queries:
-        # Python sorts stably, so sort by id first, then by score.
-        ranking = sorted(run[query].items(), key=lambda item: item[0], reverse=True)
-        ranking.sort(key=lambda item: np.float32(item[1]), reverse=True)
-        grades = relevance[query]
-        gains = np.array([max(grades.get(document, 0), 0) for document, _ in ranking[:depth]], dtype=np.float64)
-        totals += _figures(gains, np.array([grade for grade in grades.values() if grade > 0], dtype=np.float64), ks)
-    return _named(totals / len(queries), ks, len(queries))
-
-
 def rank_embeddings(queries: np.ndarray, corpus: np.ndarray, *, top_k: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """The best documents of each query by inner product, the lower row number first among equal scores.
 
@@ -85,17 +54,30 @@ def retrieval_metrics(
 
     Args:
         queries, corpus: (Q, D) and (N, D) float, in the order of `query_ids` and `corpus_ids`.
-        relevance: Query id to document id to grade.
+        relevance: Query id to document id to grade; documents with a grade above 0 are relevant.
         ks: Cut-offs.
+
+    Returns:
+        `recall@k`, `mrr@k`, `ndcg@k` for each k, averaged over the queries that have a judgement, and `num_queries`. A
+        query without a relevant document counts 0, as in trec_eval.
     """
     # Documents in descending order of id, so that "the lower row first" is trec_eval's order among ties.
-    order = sorted(range(len(corpus_ids)), key=lambda row: corpus_ids[row], reverse=True)
-    rows, scores = rank_embeddings(queries, corpus[np.asarray(order, dtype=np.int64)], top_k=max(ks))
-    run: dict[str, dict[str, float]] = {
-        str(query): {str(corpus_ids[order[int(row)]]): float(score) for row, score in zip(line, values, strict=True)}
-        for query, line, values in zip(query_ids, rows, scores, strict=True)
-    }
-    return evaluate_run(run, relevance, ks=ks)
+    order = np.array(sorted(range(len(corpus_ids)), key=lambda row: corpus_ids[row], reverse=True), np.int64)
+    rows, _ = rank_embeddings(queries, corpus[order], top_k=max(ks))
+    totals, judged = np.zeros((3, len(ks))), 0
+    for place, ranked in enumerate(order[rows]):
+        if grades := relevance.get(query_ids[place]):
+            gains = [max(grades.get(corpus_ids[int(row)], 0), 0) for row in ranked]
+            relevant = [grade for grade in grades.values() if grade > 0]
+            totals += _figures(np.array(gains, np.float64), np.array(relevant, np.float64), ks)
+            judged += 1
+    if not judged:
+        raise AnybatchError(
+            f"None of the {len(query_ids)} queries is among the {len(relevance)} judged ones. Check the ids."
+        )
+    figures = zip(("recall", "mrr", "ndcg"), (totals / judged).tolist(), strict=True)
+    named = {f"{name}@{k}": value for name, values in figures for k, value in zip(ks, values, strict=True)}
+    return {**named, "num_queries": float(judged)}
 
 
 def pair_metrics(
@@ -139,15 +121,6 @@ def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.n
         best = float(np.sum(ideal[:k] * discounts[: len(ideal[:k])]))
         figures[2, column] = float(np.sum(gains[:k] * discounts[: len(gains[:k])])) / best
     return figures
-
-
-def _named(figures: np.ndarray, ks: Sequence[int], num_queries: int) -> dict[str, float]:
-    named = {
-        f"{name}@{k}": float(figures[row, column])
-        for row, name in enumerate(("recall", "mrr", "ndcg"))
-        for column, k in enumerate(ks)
-    }
-    return {**named, "num_queries": float(num_queries)}
 
 
 def _check_embeddings(queries: np.ndarray, corpus: np.ndarray) -> None:

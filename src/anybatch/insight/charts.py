@@ -49,7 +49,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, str, float]]) -> str:
             f'<rect x="0" y="{y}" width="{length:.1f}" height="{BAR - 28}" fill="{colour_of(method)}"/>',
             _text(length + 6, y + 15, f"{value:.4g}"),
         ]
-    return _drawing(title, WIDTH, height, parts)
+    return _drawing(title, height, parts)
 
 
 def error_chart(
@@ -77,8 +77,9 @@ def error_chart(
 
     parts = [_text(4, 18, y_title)]
     for value, label in _round_values(low, high):
-        parts += [_line(LEFT, down(value), right, down(value), "grid")]
-        parts += [_text(LEFT - 6, down(value) + 5, label, "end")]
+        y = f"{down(value):.1f}"
+        parts.append(f'<line x1="{LEFT:.1f}" y1="{y}" x2="{right:.1f}" y2="{y}" class="grid"/>')
+        parts.append(_text(LEFT - 6, down(value) + 5, label, "end"))
     parts += [_text(across(number), bottom + 20, f"{number:,}", "middle") for number in numbers]
     parts.append(_text((LEFT + right) / 2, HEIGHT - 8, x_title, "middle"))
     place = LEFT
@@ -95,7 +96,7 @@ def error_chart(
             ]
         parts += [_mark(row, place + 8, TOP - 24, colour), _text(place + 20, TOP - 18, method)]
         place += 50 + 9 * len(method)
-    return _drawing(title, WIDTH, HEIGHT, parts)
+    return _drawing(title, HEIGHT, parts)
 
 
 def as_file(drawing: str) -> str:
@@ -120,15 +121,11 @@ def _mark(row: int, x: float, y: float, colour: str) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"/>'
 
 
-def _drawing(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    opening = f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+def _drawing(title: str, height: float, parts: Sequence[str]) -> str:
+    opening = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
     return "".join([opening, f"<title>{escape(title)}</title>", *parts, "</svg>"])
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
     squeezed = f' textLength="{WIDTH}" lengthAdjust="spacingAndGlyphs"' if len(text) > LONG else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{squeezed}>{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'

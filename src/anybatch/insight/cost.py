@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 
 from anybatch.caching.device_memory import parse_memory, total_memory
+from anybatch.caching.state import untouched
 from anybatch.core.resources import Measure
 from anybatch.data.pairs import PairData
-from anybatch.integrations.sentence_transformers.training import forgotten
 from anybatch.run.config import RunConfig
-from anybatch.run.try_step import TRIED_ROWS, step_of, telling_rows
+from anybatch.run.try_step import TRIED_ROWS, precision_of, step_of, telling_rows
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -40,13 +39,7 @@ class StepCost:
     total_bytes: int
 
 
-def step_cost(
-    config: RunConfig,
-    pairs: PairData,
-    model: SentenceTransformer,
-    *,
-    seconds: float,
-) -> StepCost:
+def step_cost(config: RunConfig, pairs: PairData, model: SentenceTransformer, *, seconds: float) -> StepCost:
     """Take a few training steps on random rows, with the state of an optimiser that changes nothing.
 
     Args:
@@ -58,19 +51,17 @@ def step_cost(
     batch_size = config.batch_size
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
-    precision = (
-        torch.autocast(device.type, dtype=torch.bfloat16) if config.train.args.get("bf16") else contextlib.nullcontext()
-    )
     begun = time.perf_counter()
 
-    with forgotten(model):
-        step = step_of(
-            config, pairs, model, mini_batch_size=config.train.mini_batch_size, keep_graphs=config.train.keep_graphs
-        )
+    def left() -> float:
+        return seconds - (time.perf_counter() - begun)
+
+    with untouched([model]):
+        step = step_of(config, pairs, model)
 
         def timed(rows: np.ndarray) -> float:
             start = time.perf_counter()
-            with precision:
+            with precision_of(config, device):
                 step(rows)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -85,7 +76,7 @@ def step_cost(
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             with Measure() as measure:
-                while not times or (len(times) < most and times[-1] * size < seconds - (time.perf_counter() - begun)):
+                while not times or (len(times) < most and times[-1] * size < left()):
                     times.append(timed(np.sort(random.choice(len(pairs), size, replace=False))) / size)
             on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else measure.peak_bytes
             return times, on_device
@@ -95,7 +86,7 @@ def step_cost(
             timed(rows)
         size = small = min(2 * TRIED_ROWS, batch_size)
         (taken,), small_peak = steps(small, 1)
-        while size < batch_size and 2 * size * taken < seconds - (time.perf_counter() - begun):
+        while size < batch_size and 2 * size * taken < left():
             size = min(2 * size, batch_size)
         # 2. The step itself. More rows keep more graphs, as far as the budget goes.
         times, peak = steps(size, STEPS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,27 +16,10 @@ if TYPE_CHECKING:
     from anybatch.data.pairs import PairData
     from anybatch.mining.inspection import PlanInspection
     from anybatch.plans.plan import BatchPlan
+    from anybatch.run.config import RunResult
 
 BASELINE, METHOD = "InfoNCE", "recommended"
 SUSPECTS, CLUSTERS = 5, 4  # shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one training step on a large batch took, in a process of its own.
-
-    Example:
-        >>> Cost(peak_bytes=2**30, seconds=8.0).gibibytes
-        1.0
-    """
-
-    peak_bytes: int
-    seconds: float
-
-    @property
-    def gibibytes(self) -> float:
-        """The peak in GiB."""
-        return self.peak_bytes / 2**30
 
 
 def quality_chart(curves: Curves) -> str:
@@ -50,7 +32,7 @@ def render_demo_page(
     curves: Curves,
     *,
     intro: Sequence[str],
-    costs: Mapping[str, Cost],
+    memory: Mapping[str, RunResult],
     plan: BatchPlan,
     seen: PlanInspection,
     pairs: PairData,
@@ -60,11 +42,11 @@ def render_demo_page(
     Args:
         curves: Of the methods `BASELINE` and `METHOD`.
         intro: Paragraphs: what was trained and measured.
-        costs: Of one and the same batch, by how it was trained.
+        memory: One training step on one large batch, by how it was trained, each in a process of its own.
         plan, seen, pairs: A mined plan, what a teacher says of it, and its data.
     """
     header, lines = curves.rows(METHOD, BASELINE)
-    bars = [(way, "memory", round(cost.gibibytes, 2)) for way, cost in costs.items()]
+    bars = [(way, "memory", round(result.train_peak_bytes / 2**30, 2)) for way, result in memory.items()]
     mined = np.concatenate([np.flatnonzero(plan.cluster == cluster) for cluster in range(CLUSTERS)])
     others = np.random.default_rng(0).permutation(len(pairs))
     texts = Texts(pairs)
@@ -77,7 +59,7 @@ def render_demo_page(
         lines=lines,
         quality=drawings(("Bars: one standard error.", quality_chart(curves))),
         memory=drawings(("Memory of the process at its peak, in GiB.", bar_chart("Memory at its peak in GiB", bars))),
-        costs=costs,
+        seconds={way: result.train_seconds for way, result in memory.items()},
         plan=plan,
         seen=seen,
         suspects=suspect_lines(seen, texts, SUSPECTS),

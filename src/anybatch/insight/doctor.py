@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.verify import Verification, verify
+from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
 from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
@@ -19,7 +18,7 @@ from anybatch.run.config import RunConfig
 from anybatch.run.make_plan import existing_plan
 from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_recipe
-from anybatch.run.try_step import check_kinds, inputs_of, telling_rows
+from anybatch.run.try_step import check_kinds, inputs_of, precision_of, telling_rows
 from anybatch.vision.views import KEYS, both_ways
 
 
@@ -55,24 +54,18 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     table = RowTable(pairs.anchor_id, pairs.positive_id, negative_id=pairs.negative_id).to(model.device)
     index = torch.from_numpy(chosen).to(model.device)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device).train()
-    encode, of_batch = partial(_embedding, model), loss
+    cached, of_batch = CachedLoss(model, loss), loss
     if config.data.views is not None:
-        views = TwoViewLoss(model, loss)
-        views.step = 0
-        [column] = views.prepared(inputs[:1], index)
+        cached = TwoViewLoss(model, loss)
+        cached.step = 0
+        [column] = cached.prepared(inputs[:1], index)
         inputs = [{**column, KEYS: key[:, None]} for key in column[KEYS].unbind(dim=1)]  # each view a column
-        encode, of_batch, index = views.encode, _OfViews(loss), index.repeat(2)
-    wanted = config.train.mini_batch_size
-    most = max(1, rows // 4)
-    precision = (
-        torch.autocast(model.device.type, dtype=torch.bfloat16)
-        if config.train.args.get("bf16")
-        else contextlib.nullcontext()
-    )
+        of_batch, index = _OfViews(loss), index.repeat(2)
+    wanted, most = config.train.mini_batch_size, max(1, rows // 4)
     try:
-        with precision:
+        with precision_of(config, model.device):
             return verify(
-                encode,
+                cached.encode,
                 inputs,
                 of_batch,
                 mini_batch_size=most if wanted == "auto" else min(wanted, most),
@@ -81,10 +74,6 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
             )
     except AnybatchError as error:  # what the cached step refuses is the diagnosis
         return Verification.refused(str(error))
-
-
-def _embedding(model: torch.nn.Module, batch: dict[str, Any]) -> Tensor:
-    return model(batch)["sentence_embedding"]
 
 
 class _OfViews(torch.nn.Module):

@@ -329,10 +329,7 @@ def _summarise(
     for number, name in enumerate(("bias", "noise", "epoch_error")):
         values[name], values[f"{name}_se"] = _root(float(estimate[number]), float(spread[number]))
     return GradientError(
-        **values,
-        cosine=float(estimate[3]),
-        cosine_se=float(spread[3]),
-        num_batches=2 * int(counts.sum()),
+        **values, cosine=float(estimate[3]), cosine_se=float(spread[3]), num_batches=2 * int(counts.sum())
     )
 
 

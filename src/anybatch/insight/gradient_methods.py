@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from anybatch.core.errors import AnybatchError
+from anybatch.data.inputs import kind_of
+from anybatch.data.pairs import PairData
 from anybatch.insight.gradient_error import NUM_BATCHES, STRAIGHT, FrozenPairs, GradientError, gradient_error
 from anybatch.insight.tables import Figure
-from anybatch.losses.registry import LossConfig, build_loss, options_of
+from anybatch.losses.registry import LossConfig, build_loss, first_temperature, options_of
 from anybatch.plans.plan import BatchPlan
 
 
@@ -28,15 +32,40 @@ def name_of(method: LossConfig) -> str:
     return ", ".join([method.name, *(f"{name}={value}" for name, value in given.items())])
 
 
+def frozen_pairs(
+    vectors: Sequence[np.ndarray],
+    pairs: PairData | None,
+    plan: BatchPlan,
+    loss: LossConfig,
+    *,
+    temperature: float | None = None,
+    num_anchors: int | None = None,
+) -> FrozenPairs:
+    """Embeddings of both sides of a plan's rows with the gradient over all data that the loss of a run is for: its
+    temperature (or another), direction and masks; in one map for both sides, unless one is texts and one is images.
+    Without `pairs` all rows count as different.
+    """
+    return FrozenPairs.prepare(
+        *vectors,
+        temperature=first_temperature(loss) if temperature is None else temperature,
+        direction=getattr(loss.example(), "direction", "one_way"),
+        tied=pairs is None or {kind_of(pairs.anchors), kind_of(pairs.positives)} != {"text", "image"},
+        num_anchors=num_anchors,
+        suspects=plan.suspects if loss.mask_suspects is True else None,
+        **({} if pairs is None else pairs.ids),
+    )
+
+
+def beside_plain(loss: LossConfig, plan: BatchPlan) -> list[LossConfig]:
+    """Plain InfoNCE with the masks of a loss, and that loss where it is another."""
+    masks = loss.mask_suspects is True and plan.suspects is not None
+    plain, loss = LossConfig(name="infonce", mask_suspects=masks), replace(loss, mask_suspects=masks)
+    return [plain] if name_of(loss) == name_of(plain) else [plain, loss]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodError:
-    """A line of the comparison.
-
-    Attributes:
-        method: Name of the method.
-        batches: "plan" or "random".
-        error: What was measured.
-    """
+    """A line of the comparison: what was measured of a method on the batches of the "plan", or on "random" ones."""
 
     method: str
     batches: str
@@ -45,12 +74,7 @@ class MethodError:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """All lines.
-
-    Attributes:
-        lines: On random batches, then on the plan's.
-        order: Names of the methods, as they were given.
-        batch_size: Of the plan.
+    """All lines, those on random batches first; the names of the methods, as they were given; the batch size.
 
     Example:
         >>> import numpy as np
@@ -128,27 +152,20 @@ def compare_methods(
             if method.weights != "inclusion" or weighable
         ]
     # 3. Measure.
-    lines = []
+    lines, objective = [], {"temperature": pairs.temperature, "direction": pairs.direction}
     for number, (batches, chosen, method, name) in enumerate(wanted, start=1):
-        error = _method_error(pairs, chosen, method, num_batches)
+        settings = {key: value for key, value in objective.items() if key in method.options}
+        error = gradient_error(
+            pairs,
+            build_loss(replace(method, matryoshka=None, **settings), num_rows=len(pairs)),
+            plan=chosen,
+            weights="inclusion" if method.weights == "inclusion" else "none",
+            mask_suspects=method.mask_suspects is True,
+            num_batches=num_batches,
+        )
         lines.append(MethodError(method=name, batches=batches, error=error))
         progress(number, len(wanted))
     return GradientComparison(lines=tuple(lines), order=tuple(names), batch_size=plan.batch_size)
-
-
-def _method_error(pairs: FrozenPairs, plan: BatchPlan, method: LossConfig, num_batches: int) -> GradientError:
-    """The gradient error of a method by name, at the temperature and in the direction of `pairs`."""
-    objective = {"temperature": pairs.temperature, "direction": pairs.direction}
-    chosen = {name: value for name, value in objective.items() if name in method.options}
-    loss = build_loss(replace(method, matryoshka=None, **chosen), num_rows=len(pairs))
-    return gradient_error(
-        pairs,
-        loss,
-        plan=plan,
-        weights="inclusion" if method.weights == "inclusion" else "none",
-        mask_suspects=method.mask_suspects is True,
-        num_batches=num_batches,
-    )
 
 
 def gradient_figures(name: str, error: GradientError, other_name: str, other: GradientError) -> list[Figure]:

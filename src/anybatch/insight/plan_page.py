@@ -84,12 +84,8 @@ class Texts:
     def cells(self, row: int, other: int) -> list[str | Markup]:
         """The anchor and the positive of `row`, the positive of `other`."""
         sides = [("anchors", row), ("positives", row), ("positives", other)]
-        return [Markup("row {}: {}").format(place, self._show(side, place)) for side, place in sides]
-
-    def _show(self, side: str, row: int) -> str | Markup:
-        if self.pairs is None:
-            return ""
-        return self._shown(getattr(self.pairs, side)[row], row)
+        values = ["" if self.pairs is None else getattr(self.pairs, side)[place] for side, place in sides]
+        return [Markup("row {}: {}").format(place, self._shown(v, place)) for v, (_, place) in zip(values, sides)]
 
     def _shown(self, value: str | EncodedImage | MixedInput, row: int) -> str | Markup:
         if isinstance(value, str):

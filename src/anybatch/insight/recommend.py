@@ -17,10 +17,12 @@ from anybatch.data.held_out import select_pairs
 from anybatch.data.inputs import kind_of
 from anybatch.data.pairs import PairData
 from anybatch.insight.cost import StepCost, step_cost
-from anybatch.insight.gradient_error import NUM_BATCHES, FrozenPairs
+from anybatch.insight.gradient_error import NUM_BATCHES
 from anybatch.insight.gradient_methods import (
+    beside_plain,
     bias_sentence,
     compare_methods,
+    frozen_pairs,
     gradient_figures,
     is_further,
 )
@@ -28,7 +30,7 @@ from anybatch.insight.plan_figures import plan_warnings, set_figures
 from anybatch.insight.sample import BATCHES, LEAST, Looked, look_at
 from anybatch.insight.tables import Figure
 from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
-from anybatch.losses.registry import AUTO, LossConfig, first_temperature
+from anybatch.losses.registry import AUTO, first_temperature
 from anybatch.mining import mine_plan
 from anybatch.mining.audit import advice
 from anybatch.mining.inspection import inspect_plan
@@ -154,7 +156,8 @@ def recommend(
     if ranked is not None:
         progress("teacher", 0, 1)
         if telling:
-            plan = _mined(config, sample, ranked)
+            sets = mining_sets(config, sample)
+            plan = mine_plan(*ranked, config=resolved(config).mining, sets=sets, **sample.ids).plan
         else:
             found.notes.append(
                 "What mined batches hold depends on all rows, and so is not shown: run anybatch mine with these "
@@ -181,12 +184,7 @@ def _first_size(num_rows: int) -> int:
 
 
 def _sized(
-    config: RunConfig,
-    pairs: PairData,
-    model: SentenceTransformer,
-    keep: bool,
-    seconds: float,
-    progress: Progress,
+    config: RunConfig, pairs: PairData, model: SentenceTransformer, keep: bool, seconds: float, progress: Progress
 ) -> tuple[RunConfig, StepCost, str]:
     """The batch size, what its step costs, and why it was taken: the smallest, unless a larger one is faster by far."""
 
@@ -220,20 +218,11 @@ def _sized(
     return config, cost, why
 
 
-def _mined(config: RunConfig, sample: PairData, ranked: tuple[np.ndarray, ...]) -> BatchPlan:
-    mining = resolved(config).mining
-    return mine_plan(*ranked, config=mining, sets=mining_sets(config, sample), **_ids(sample)).plan
-
-
-def _ids(sample: PairData) -> dict[str, np.ndarray]:
-    return {"anchor_id": sample.anchor_id, "positive_id": sample.positive_id}
-
-
 def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
     """How well it knows the pairs, and what mined batches hold."""
     mined = plan.cluster_size > 1
     loss = with_batches(found.config, mined=mined).loss
-    parts = inspect_plan(plan, *ranked, temperature=first_temperature(loss), **_ids(sample))
+    parts = inspect_plan(plan, *ranked, temperature=first_temperature(loss), **sample.ids)
     for name, seen in parts.items():
         found.figures += [replace(f, name=f"{name} {f.name}".lstrip()) for f in set_figures(seen, plan)]
         found.against += plan_warnings(plan, seen, mask_suspects=loss.mask_suspects is True)
@@ -257,7 +246,7 @@ def _look_at_gradients(
     """The recipe's gradient beside that of plain InfoNCE on random batches, at the student's start. A sample that is
     not `telling` shows less bias than there is, and so speaks against nothing.
     """
-    known = inspect_plan(BatchPlan.random(len(sample), plan.batch_size), *vectors, **_ids(sample))[""].own_first
+    known = inspect_plan(BatchPlan.random(len(sample), plan.batch_size), *vectors, **sample.ids)[""].own_first
     if known < UNTRAINED:
         found.notes.append(
             f"The student finds the own positive first for {known:.1%} of the anchors: it knows nothing of such pairs "
@@ -266,22 +255,10 @@ def _look_at_gradients(
         )
         return
     loss = with_batches(found.config, mined=plan.cluster_size > 1).loss
-    if plan.suspects is None:
-        loss = replace(loss, mask_suspects=False)
-    suspects = plan.suspects if loss.mask_suspects is True else None
-    plain = LossConfig(name="infonce", mask_suspects=suspects is not None)
-    frozen = FrozenPairs.prepare(
-        *vectors,
-        temperature=first_temperature(loss),
-        direction=getattr(loss.example(), "direction", "one_way"),
-        tied={kind_of(sample.anchors), kind_of(sample.positives)} != {"text", "image"},
-        suspects=suspects,
-        **_ids(sample),
-    )
     comparison = compare_methods(
-        frozen,
+        frozen_pairs(vectors, sample, plan, loss),
         plan,
-        methods=[plain, *([loss] if loss.name != "infonce" else [])],
+        methods=beside_plain(loss, plan),
         num_batches=NUM_BATCHES // 2,
         progress=lambda done, total: progress("gradients", done, total),
     )

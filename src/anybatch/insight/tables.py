@@ -43,10 +43,10 @@ class Figure:
         return VERDICTS[self.passed]
 
 
-def figure_lines(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table."""
+def figure_table(figures: Sequence[Figure], title: str) -> Table:
+    """Figures beside their pass marks."""
     lines = [[figure.name, figure.value, figure.beside, figure.good, figure.verdict] for figure in figures]
-    return ["", "value", "compared with", "good is", ""], lines
+    return rich_table(["", "value", "compared with", "good is", ""], lines, left=range(5), title=title)
 
 
 def metrics_table(results: Mapping[str, Mapping[str, float]]) -> Table:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from anybatch.caching.encoder import Encoder, Tower, towers_of
 from anybatch.caching.schedule import plan_mini_batches
-from anybatch.caching.state import without_autocast
+from anybatch.caching.state import untouched, without_autocast
 from anybatch.caching.step import cached_step, paired_encoders
 from anybatch.core.errors import AnybatchError
 
@@ -102,7 +101,7 @@ def verify(
     parts = [*facts.modules, *([loss] if isinstance(loss, nn.Module) else [])]
     names = _parameter_names(parts)
     # 2. The cached step.
-    with _untouched(parts, list(names)):
+    with untouched(parts, start):
         try:
             limits = {"mini_batch_size": mini_batch_size, "keep_graphs": keep_graphs}
             cached_value = cached_step(loss, encoders, inputs, **limits, loss_kwargs=loss_kwargs, modules=modules)
@@ -111,11 +110,10 @@ def verify(
         finally:
             # Where random numbers are drawn or state is written, what a row meets belongs to its mini-batch.
             by_piece = written.update() or not start.equals(start.now())
-            start.restore()
             written.restore({})
         cached = _take_gradients(names)
     # 3. The plain step; the whole batch in one pass says more, where it may be compared.
-    with _untouched(parts, list(names)):
+    with untouched(parts, start):
         split = plans if by_piece else [[torch.arange(tower.slicer.num_rows)] for tower in towers]
         embedded = [_embedded(tower, plan) for tower, plan in zip(towers, split)]
         precise = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in embedded]
@@ -123,14 +121,13 @@ def verify(
             value = loss(precise[0], *([torch.cat(precise[1:])] if len(precise) > 1 else []), **(loss_kwargs or {}))
             value.backward()
         plain = _take_gradients(names)
-    start.restore()
     written.restore({})
     # 4. The difference, and what may explain it.
     tolerance = _tolerance([*embedded, *plain.values()])
     findings = [f"{name} gets a gradient one way only." for name in cached.keys() ^ plain.keys()]
     encoder = {name for part in facts.modules for parameter in part.parameters() if (name := names.get(parameter))}
     findings += _wrong_sizes({n: g for n, g in plain.items() if n not in encoder}, cached, 100 * tolerance)
-    return _compare(cached, plain, cached_value, value.detach(), tolerance, findings)
+    return _compare(cached, plain, (float(cached_value), float(value.detach())), tolerance, findings)
 
 
 def _embedded(tower: Tower, plan: Sequence[Tensor]) -> Tensor:
@@ -149,12 +146,7 @@ def _tolerance(tensors: Sequence[Tensor]) -> float:
 
 
 def _compare(
-    cached: dict[str, Tensor],
-    plain: dict[str, Tensor],
-    cached_value: Tensor,
-    value: Tensor,
-    tolerance: float,
-    found: list[str],
+    cached: dict[str, Tensor], plain: dict[str, Tensor], values: tuple[float, float], tolerance: float, found: list[str]
 ) -> Verification:
     errors: dict[str, float] = {}
     floor = 1e-3 * sum(float(gradient.double().norm()) ** 2 for gradient in plain.values()) ** 0.5
@@ -174,7 +166,7 @@ def _compare(
             "The gradients differ and nothing known explains it. Look for state that a forward pass changes (caches), "
             "for generators out of sight, and for rows that see the other rows of their mini-batch."
         )
-    loss_error = abs(float(cached_value) - float(value)) / max(abs(float(value)), torch.finfo(torch.float64).tiny)
+    loss_error = abs(values[0] - values[1]) / max(abs(values[1]), torch.finfo(torch.float64).tiny)
     return Verification(
         error=error, tolerance=tolerance, errors=errors, loss_error=loss_error, findings=tuple(dict.fromkeys(found))
     )
@@ -208,20 +200,3 @@ def _parameter_names(parts: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
 
 def _take_gradients(names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for parameter, name in names.items() if parameter.grad is not None}
-
-
-@contextlib.contextmanager
-def _untouched(parts: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Start without gradients; put gradients and buffers back."""
-    kept = [(parameter, parameter.grad) for parameter in parameters]
-    buffers = [(buffer, buffer.clone()) for part in parts for buffer in part.buffers()]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, grad in kept:
-            parameter.grad = grad
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -11,7 +11,7 @@ from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name, read_sealed
 from anybatch.core.yaml_files import load_config
 from anybatch.integrations.sentence_transformers.model import ModelConfig, check_kwargs
-from anybatch.integrations.sentence_transformers.training import TrainConfig
+from anybatch.integrations.sentence_transformers.training import TrainConfig, TrainResult
 from anybatch.losses.registry import AUTO, LossConfig
 from anybatch.mining import MiningConfig, RankWindow
 
@@ -237,15 +237,10 @@ def read_config(folder: Path) -> RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a run left behind: figures of the trained and of the untrained model on the held-out data (none without such
-    data), the lines of `log.jsonl`, wall time of training alone (of the last session if resumed), peak resident memory
-    meanwhile.
+class RunResult(TrainResult):
+    """What a run left behind: how it trained, and figures of the trained and of the untrained model on the held-out
+    data (none without such data).
     """
 
     metrics: dict[str, float]
     metrics_untrained: dict[str, float]
-    log: list[dict[str, Any]]
-    train_seconds: float
-    train_peak_bytes: int
-    num_steps: int

@@ -110,14 +110,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
                     facts = {"Recipe": recipe_line(asked, config)} | ({"Why these batches": why} if why else {})
                     describe(model, facts, before=untrained, after=metrics)
                     save_model(model, folder / "model")
-                    result = RunResult(
-                        metrics=metrics,
-                        metrics_untrained=untrained,
-                        log=trained.log,
-                        train_seconds=trained.seconds,
-                        train_peak_bytes=trained.peak_bytes,
-                        num_steps=trained.num_steps,
-                    )
+                    result = RunResult(metrics=metrics, metrics_untrained=untrained, **vars(trained))
                     write_json(folder / "metrics.json", {"run": run_digest(folder), **asdict(result)})
             return read_result(folder)
 

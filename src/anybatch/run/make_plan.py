@@ -149,8 +149,8 @@ def _mine(path: Path, config: RunConfig, pairs: PairData, progress: Progress) ->
         progress(f"mining: {stage}", round(100 * fraction), 100)
 
     # 2. Search the neighbours, which the ranks share as well.
-    ids = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id}
-    search = {"config": settings, "sets": sets, "folder": neighbors, "device": device, "progress": report_stage, **ids}
+    search = {"config": settings, "sets": sets, "folder": neighbors, "device": device, "progress": report_stage}
+    search |= pairs.ids
     if distributed.is_active():
         mine_shared(anchors, positives, **search)
     # 3. The first rank does the rest, and warns before the training, not after it.

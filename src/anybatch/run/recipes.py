@@ -29,7 +29,7 @@ B3: Tree = {
             "lora_alpha": 64,
             "lora_dropout": 0.1,
             "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
-        },
+        }
     },
     "mining": {"method": "published", "num_negatives": 5, "mixing": "within"},
     "loss": {"name": "infonce", "temperature": 0.02, "weights": "none", "mask_suspects": False},

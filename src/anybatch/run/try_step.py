@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from anybatch.caching.recording import Auto
+from anybatch.caching.state import untouched
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.data.inputs import NONE, MixedColumn, kinds_of_rows, pick
@@ -16,7 +18,6 @@ from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.embed import check_content
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
 from anybatch.integrations.sentence_transformers.model import checkpoint_layers, side_inputs
-from anybatch.integrations.sentence_transformers.training import forgotten
 from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.plans.plan import BatchPlan
@@ -31,22 +32,17 @@ KINDS = {1: "texts", 2: "images", 3: "texts with images"}  # of rows, as `kinds_
 
 def try_step(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None = None) -> None:
     """One training step on a few rows of each kind: what the cached step refuses is refused here, on every rank."""
-    with distributed.alone() as chosen, forgotten(model):
+    with distributed.alone() as chosen, untouched([model]):
         if not chosen:
             return
-        step = step_of(config, pairs, model, plan, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
+        small = replace(config.train, mini_batch_size=TRIED_ROWS // 2, keep_graphs=0.0)
+        step = step_of(replace(config, train=small), pairs, model, plan)
         for rows in telling_rows(model, pairs, TRIED_ROWS):
             step(rows)
 
 
 def step_of(
-    config: RunConfig,
-    pairs: PairData,
-    model: SentenceTransformer,
-    plan: BatchPlan | None = None,
-    *,
-    mini_batch_size: int | Auto,
-    keep_graphs: float | Auto,
+    config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None = None
 ) -> Callable[[np.ndarray], None]:
     """What takes rows through the cached step under the run's loss, as training does, and leaves their gradients.
 
@@ -58,7 +54,7 @@ def step_of(
         checkpoint_layers(model)
     loss = build_loss(config.loss, num_rows=len(pairs)).to(model.device)
     kind = CachedLoss if config.data.views is None else TwoViewLoss
-    settings = {"mini_batch_size": mini_batch_size, "keep_graphs": keep_graphs, "memory": config.train.memory}
+    settings = {name: getattr(config.train, name) for name in ("mini_batch_size", "keep_graphs", "memory")}
     cached = kind(model.train(), loss, **settings)
     cached.step = 0
 
@@ -68,6 +64,12 @@ def step_of(
         cached(inputs, torch.from_numpy(rows).to(model.device)).backward()
 
     return step
+
+
+def precision_of(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The autocast that the run trains in."""
+    bf16 = config.train.args.get("bf16")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 def check_kinds(config: RunConfig, pairs: PairData, model: SentenceTransformer, plan: BatchPlan | None) -> None:

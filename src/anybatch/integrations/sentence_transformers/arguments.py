@@ -71,12 +71,7 @@ def check_arguments(config: TrainConfig, *, on_cpu: bool = False) -> None:
 
 
 def training_arguments(
-    config: TrainConfig,
-    output: str | Path,
-    *,
-    batches: PlanBatches | None = None,
-    seed: int = 0,
-    on_cpu: bool = False,
+    config: TrainConfig, output: str | Path, *, batches: PlanBatches | None = None, seed: int = 0, on_cpu: bool = False
 ) -> SentenceTransformerTrainingArguments:
     """Those of the configuration, with `train.args` over our defaults; prompts and routes are added by `Trainer`.
 
@@ -115,6 +110,7 @@ def training_arguments(
         "save_total_limit": 3,  # the newest may be cut short, so one more than two
         "ddp_backend": "gloo" if world_size > 1 and on_cpu else None,
         "dataloader_pin_memory": not on_cpu,
+        "dataloader_drop_last": world_size > 1,  # batches of a plan are whole; else each rank has a word on it
         "metric_for_best_model": "ndcg@10" if tracked else None,
     }
     if "warmup_ratio" not in given:

@@ -142,18 +142,19 @@ class LossStateCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the loss's own figures to the trainer's log."""
-        for name, loss in self.losses.items():
+        for name, loss in self.losses.items() if logs and "loss" in logs else ():
             figures = getattr(loss.loss, "last_stats", None) or {}
-            add_to_log(state, logs, {f"{name}_{key}" if name else key: value for key, value in figures.items()})
+            named = {f"{name}_{key}" if name else key: value for key, value in figures.items()}
+            for line in (logs or {}, *state.log_history[-1:]):
+                line.update(named)
 
 
 def own_rates(losses: nn.Module) -> list[tuple[str, GlobalTemperature]]:
     """The learned temperatures with a rate of their own, and the names of their parameters."""
-    parts = [(name, part) for name, part in losses.named_modules() if isinstance(part, GlobalTemperature)]
     return [
         (f"{name}.log_temperature", part)
-        for name, part in parts
-        if part.log_temperature is not None and part.lr is not None
+        for name, part in losses.named_modules()
+        if isinstance(part, GlobalTemperature) and part.log_temperature is not None and part.lr is not None
     ]
 
 
@@ -174,15 +175,6 @@ def _check_optimized(losses: Losses, optimizer: Any) -> None:
                 f"{name!r} has a learning rate of its own (temperature_lr), and the optimiser has it in a group with "
                 "other parameters. Give it a group of its own, or train with anybatch.Trainer and the arguments' optim."
             )
-
-
-def add_to_log(state: Any, logs: dict[str, Any] | None, figures: Mapping[str, float]) -> bool:
-    """Put figures into the line of the log that the Trainer is about to write; False if it is none of training."""
-    if logs is None or "loss" not in logs:
-        return False
-    for line in (logs, *state.log_history[-1:]):
-        line.update(figures)
-    return True
 
 
 def load_grown_loss(loss: Losses, checkpoint: str | Path) -> None:

@@ -20,7 +20,6 @@ from anybatch import __version__
 from anybatch.core import distributed
 from anybatch.core.resources import Measure
 from anybatch.losses.rows import RowTable
-from anybatch.mining.mine import mine_plan
 from anybatch.plans.plan import BatchPlan
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -46,17 +45,6 @@ class ModelCard(SentenceTransformerModelCardData):
     template_path: Path = field(default=TEMPLATE, init=False, repr=False)
 
 
-def card_of(model: Any) -> ModelCard | None:
-    """The model's card, made one of ours and tagged; None where it is of a user's own class, which is tagged alone."""
-    card = model.model_card_data
-    card.version["anybatch"] = __version__
-    card.add_tags(["anybatch", f"anybatch:{__version__}"])
-    if type(card) is SentenceTransformerModelCardData:
-        card.__class__ = ModelCard
-        vars(card).update(training={}, figures={}, template_path=TEMPLATE)
-    return card if isinstance(card, ModelCard) else None
-
-
 def describe(
     model: Any,
     training: Mapping[str, str],
@@ -64,9 +52,16 @@ def describe(
     before: Mapping[str, float] | None = None,
     after: Mapping[str, float] | None = None,
 ) -> None:
-    """Add lines to the card's table, and figures on held-out data."""
-    card = card_of(model)
-    if card is not None:
+    """Add lines to the table of the model's card, and figures on held-out data. A user's own class of card has our tags
+    alone.
+    """
+    card = model.model_card_data
+    card.version["anybatch"] = __version__
+    card.add_tags(["anybatch", f"anybatch:{__version__}"])
+    if type(card) is SentenceTransformerModelCardData:
+        card.__class__ = ModelCard
+        vars(card).update(training={}, figures={}, template_path=TEMPLATE)
+    if isinstance(card, ModelCard):
         card.training |= training
         card.figures |= {name: ((before or {})[name], value) for name, value in (after or {}).items()}
 
@@ -155,8 +150,3 @@ def bibtex(*sources: Any) -> str:
             lines = "".join(f"    {name}={{{value}}},\n" for name, value in facts.items())
             entries.setdefault(number, f"@misc{{{key},\n{lines}}}")
     return "\n".join(entries.values())
-
-
-def cite_mining(model: Any) -> None:
-    """Add mining's paper to the card of a model that was trained on mined batches."""
-    model.model_card_data.citations["Mined batches"] = bibtex(mine_plan)

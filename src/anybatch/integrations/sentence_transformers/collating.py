@@ -126,7 +126,7 @@ def preprocess_rows(model: Any, values: Sequence[Any], **settings: Any) -> dict[
         return dict(model.preprocess([_decoded(value) for value in values], **settings))
     except ValueError:
         for value in values:
-            images, decoded = _images(value), _decoded(value)
+            (_, images), decoded = _parts(value), _decoded(value)
             try:
                 model.preprocess([decoded], **settings)
             except ValueError as error:
@@ -168,8 +168,8 @@ def object_column(dataset: Dataset, name: str) -> MixedColumn:
     texts, keys, counts = [], [], []
     for row in undecoded(dataset.with_format(None).select_columns([name])):
         value: Any = row[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        images = _images(value)
-        texts.append(_text(value) or None)
+        text, images = _parts(value)
+        texts.append(text or None)
         keys += [_encoded(image).key for image in images]
         counts.append(len(images))
     places = np.full((len(counts), max(counts, default=0)), NONE)
@@ -208,29 +208,24 @@ def _have_images(column: Sequence[Any]) -> bool:
         return True
     if isinstance(column, MixedColumn):
         return bool(column.has_images.any())
-    return any(_images(value) for value in column)
+    return any(_parts(value)[1] for value in column)
 
 
-def _images(value: Any) -> list[Any]:
-    """The images of a row's value, decoded or not."""
+def _parts(value: Any) -> tuple[str, list[Any]]:
+    """The text of a row's value, and its images, decoded or not."""
     if isinstance(value, MixedInput):
-        return list(value.images)
-    if isinstance(value, dict) and "image" in value:
-        held = value["image"]
-        return [*held] if isinstance(held, (list, tuple)) else [] if held is None else [held]
-    is_image = isinstance(value, EncodedImage) or (hasattr(value, "size") and hasattr(value, "mode")) or _stored(value)
-    return [value] if is_image else []
+        return value.text or "", list(value.images)
+    if isinstance(value, dict) and not _stored(value):
+        held = value.get("image")
+        return value.get("text") or "", [*held] if isinstance(held, (list, tuple)) else [] if held is None else [held]
+    text = value if isinstance(value, str) else ""
+    is_image = isinstance(value, (EncodedImage, dict)) or (hasattr(value, "size") and hasattr(value, "mode"))
+    return text, [value] if is_image else []
 
 
 def _stored(value: Any) -> bool:
     """Whether it is a cell of the feature `datasets.Image(decode=False)`."""
     return isinstance(value, dict) and value.keys() == {"bytes", "path"}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, MixedInput):
-        return value.text or ""
-    return value if isinstance(value, str) else (value.get("text") or "") if isinstance(value, dict) else ""
 
 
 def _decoded(value: Any) -> Any:
@@ -274,8 +269,9 @@ def lengths_of_rows(
     # 2. Each row read once: its text, and how large its images are.
     texts, sizes = [], []
     for value in values:
-        texts.append(_text(value))
-        sizes.append([_size(image) for image in _images(value)])
+        text, images = _parts(value)
+        texts.append(text)
+        sizes.append([_size(image) for image in images])
     lengths = model.preprocess(texts, **settings)[MASK].sum(dim=1).cpu()
     # 3. Tokens and patches of the images.
     counted = _counted(module, [size for of_row in sizes for size in of_row])

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from anybatch.caching.encoder import modules_of, parameters_of
 from anybatch.caching.memory import StepMemory
 from anybatch.caching.pieces import PIXELS
-from anybatch.caching.recording import Auto, Recording, record_towers
+from anybatch.caching.recording import Auto, record_towers
 from anybatch.caching.replay import Aside, replay
 from anybatch.caching.schedule import check_limits
 from anybatch.caching.state import without_autocast
@@ -85,11 +84,7 @@ class CachedLoss(nn.Module):
         memory: str | int = "80%",
     ) -> None:
         super().__init__()
-        check_limits(
-            mini_batch_size=mini_batch_size,
-            max_tokens=max_tokens,
-            keep_graphs=keep_graphs,
-        )
+        check_limits(mini_batch_size=mini_batch_size, max_tokens=max_tokens, keep_graphs=keep_graphs)
         self.model = model  # a child, else the Trainer would not train it
         self.loss = loss
         self.rows = rows
@@ -157,7 +152,12 @@ class CachedLoss(nn.Module):
 
         # 4. The second half, once the outer gradient (1 / accumulation steps, a scaler) is known.
         gradients = [[leaf.grad for leaf in of_column] for of_column in leaves]
-        value.register_hook(partial(_deferred_backward, recordings=recordings, gradients=gradients, beside=beside))
+
+        @torch.no_grad()
+        def second_half(outer: Tensor) -> None:
+            replay(recordings, gradients, scale=outer, beside=beside)
+
+        value.register_hook(second_half)
         return value
 
     def _arguments(self, labels: Tensor | None, device: torch.device, num_candidates: int) -> dict[str, Any]:
@@ -207,17 +207,6 @@ class CachedLoss(nn.Module):
     def encode(self, features: dict[str, Any]) -> Tensor:
         """The embeddings of a mini-batch, (B, D)."""
         return self.model(features)["sentence_embedding"]
-
-
-@torch.no_grad()
-def _deferred_backward(
-    outer: Tensor,
-    *,
-    recordings: list[Recording],
-    gradients: list[list[Tensor | None]],
-    beside: list[tuple[nn.Parameter, Tensor]],
-) -> None:
-    replay(recordings, gradients, scale=outer, beside=beside)
 
 
 def is_ours(loss: Any) -> bool:

@@ -48,9 +48,8 @@ class Recorder(TrainerCallback, ExportableState):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """A line of the training loss, or of an evaluation."""
-        if not state.is_world_process_zero or not any(
-            name == "loss" or name.startswith("eval_") for name in logs or ()
-        ):
+        told = any(name == "loss" or name.startswith("eval_") for name in logs or ())
+        if not state.is_world_process_zero or not told:
             return
         figures = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         self.latest = {**self.latest, **figures}

@@ -52,7 +52,7 @@ def row_ids(sets: Mapping[str, Dataset]) -> dict[str, Any]:
     ]
     named = [PairSet(name=f"set {number}", num_rows=len(part)) for number, part in enumerate(parts)]
     pairs = parts[0] if len(parts) == 1 else join_pairs(parts, named)
-    ids = {"anchor_id": pairs.anchor_id, "positive_id": pairs.positive_id, "negative_id": pairs.negative_id}
+    ids = {**pairs.ids, "negative_id": pairs.negative_id}
 
     # 2. In the order of their numbers, which a user may have given before shuffling or selecting.
     check_numbers(list(sets.values()), None)

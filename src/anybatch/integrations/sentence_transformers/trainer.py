@@ -33,6 +33,7 @@ from anybatch.integrations.sentence_transformers.model import Side, is_pretraine
 from anybatch.integrations.sentence_transformers.sets import by_name, input_columns, row_ids, with_index
 from anybatch.losses.registry import LossConfig, build_loss, recommended
 from anybatch.losses.rows import RowTable
+from anybatch.mining.mine import mine_plan
 from anybatch.plans.plan import BatchPlan
 
 if TYPE_CHECKING:
@@ -159,10 +160,8 @@ class Trainer(SentenceTransformerTrainer):
             self._keeper.resume_from = resume_from_checkpoint
         with Measure() as self.measure:
             output = super().train(resume_from_checkpoint, *arguments, **options)
-        cost = card.cost_line(
-            self.state.global_step, self.measure, self.args.device, resumed=bool(resume_from_checkpoint)
-        )
-        self._describe({"Cost": cost})
+        steps, resumed = self.state.global_step, bool(resume_from_checkpoint)
+        self._describe({"Cost": card.cost_line(steps, self.measure, self.args.device, resumed=resumed)})
         return output
 
     def _describe(self, further: Mapping[str, str]) -> None:
@@ -177,7 +176,7 @@ class Trainer(SentenceTransformerTrainer):
         plan = self.plans[0] if self.plans else getattr(cached.rows, "plan", None)
         card.describe(self.model, {**lines, **card.plan_lines(plan, cached.rows), **further})
         if plan is not None and plan.cluster_size > 1:
-            card.cite_mining(self.model)
+            self.model.model_card_data.citations["Mined batches"] = card.bibtex(mine_plan)
 
     _recommended = ""
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-
 from anybatch.caching.device_memory import parse_memory
-from anybatch.caching.state import RandomState
 from anybatch.core import distributed
 from anybatch.core.configuration import Configuration, Count, Fraction, Positive
 from anybatch.core.errors import AnybatchError
@@ -77,18 +73,19 @@ class TrainConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What `train_model` did. Only the first rank has the lines of `log.jsonl`. `seconds` are without evaluations,
-    `peak_bytes` is the memory of the process.
+    """What `train_model` did: the lines of `log.jsonl` (the first rank's), wall time of the last session without
+    evaluations, peak resident memory meanwhile.
 
     Example:
-        >>> TrainResult(log=[{"step": 1, "loss": 2.1}], num_steps=1, seconds=4.0, peak_bytes=2**30).log[-1]["loss"]
+        >>> log = [{"step": 1, "loss": 2.1}]
+        >>> TrainResult(log=log, num_steps=1, train_seconds=4.0, train_peak_bytes=2**30).log[-1]["loss"]
         2.1
     """
 
     log: list[dict[str, Any]]
     num_steps: int
-    seconds: float
-    peak_bytes: int
+    train_seconds: float
+    train_peak_bytes: int
 
 
 def train_model(
@@ -183,8 +180,8 @@ def train_model(
     return TrainResult(
         log=recorder.lines,
         num_steps=trainer.state.global_step,
-        seconds=trainer.measure.seconds - trainer.evaluation_seconds,
-        peak_bytes=trainer.measure.peak_bytes,
+        train_seconds=trainer.measure.seconds - trainer.evaluation_seconds,
+        train_peak_bytes=trainer.measure.peak_bytes,
     )
 
 
@@ -205,23 +202,6 @@ def _checkpoint_to_resume(output: Path, resume: bool, run: str) -> Path | None:
             shutil.rmtree(path)
     distributed.barrier()  # nobody trains, or writes, before all have looked
     return checkpoint
-
-
-@contextmanager
-def forgotten(model: torch.nn.Module) -> Iterator[None]:
-    """What a step does to generators, buffers, modes and gradients of `model` in here is undone at the end."""
-    start, modes = RandomState(), {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        start.restore()
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        model.zero_grad(set_to_none=True)
 
 
 def check_shared_equally(batch_size: int) -> None:
