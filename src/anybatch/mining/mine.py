@@ -193,7 +193,7 @@ def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet
     """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes."""
     settled, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
     size = 1 if config.method == "random" else settled.cluster_size
-    check_batch(num_rows, config.batch_size, size)
+    check_batch(num_rows, config.batch_size, size, "mining.cluster_size")
     counts = [one.num_rows // size for one in given]
     sampling = ClusterSampling(
         cluster_task=np.repeat(np.arange(len(given)), counts),

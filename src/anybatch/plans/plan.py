@@ -335,12 +335,12 @@ class PlanSampler(BatchSampler):
         self._start = self.position
 
 
-def check_batch(num_rows: int, batch_size: int, cluster_size: int) -> None:
+def check_batch(num_rows: int, batch_size: int, cluster_size: int, name: str = "cluster_size") -> None:
     """Refuse a batch that is no number of whole clusters, or more than the data."""
     if cluster_size < 1 or batch_size < 2:
         raise AnybatchError(f"batch_size is {batch_size} and cluster_size {cluster_size}; expected at least 2 and 1.")
     if batch_size % cluster_size:
-        raise AnybatchError(f"batch_size {batch_size} is not a multiple of cluster_size {cluster_size}; choose one.")
+        raise AnybatchError(f"batch_size {batch_size} is not a multiple of {name} {cluster_size}; choose one that is.")
     if num_rows < batch_size:
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most "
