@@ -233,7 +233,7 @@ class TestEMC2:
     def test_draws_look_uniform(self):
         loss, points = EMC2(4000), torch.zeros(300, 2)
         batch = Batch(anchors=points, candidates=points, index=torch.arange(300), log_weight=None)
-        chain = loss.denominator.ask(loss._side(loss.denominator, batch, 0), batch, 0).adjust
+        chain = loss.denominator.rule(batch, 0, normalised=False)
         draws = chain._uniform(slice(0, 300), 300, torch.device("cpu")).double()
         assert 0 < draws.min() < draws.max() < 1
         assert abs(draws.mean() - 0.5) < 0.004  # four standard errors

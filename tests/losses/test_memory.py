@@ -9,13 +9,20 @@ import torch
 
 from anybatch.core.errors import AnybatchError
 from anybatch.losses import RunningDenominator as Running
-from anybatch.losses.denominators import Visits
+from anybatch.losses.denominators import RunningRule, Visits
 from anybatch.losses.state import VERSION
 from tests.ranks import on_ranks
 
 
-def visit(running, index, values, *, direction=0):
-    return running.blend(Visits.of(torch.tensor(index)), torch.tensor(values), direction=direction, update=True)
+def blend(running, index, values, *, direction=0, update=True):
+    rule = RunningRule(
+        denominator=running, visits=Visits.of(index), direction=direction, log_eps=0.0, normalised=False, update=update
+    )
+    return rule.blend(values, torch.ones_like(values))
+
+
+def visit(running, index, values):
+    return blend(running, torch.tensor(index), torch.tensor(values))
 
 
 def same(first, second):
@@ -66,7 +73,7 @@ def run(running, shares, rank):
         index = torch.randint(26 if step >= 5 else 23, (sum(shares),), generator=generator)
         values = 3 * torch.randn(sum(shares), generator=generator)
         values[3] = -torch.inf
-        results.append(running.blend(Visits.of(index[part]), values[part], direction=step % 2, update=step != 6))
+        results.append(blend(running, index[part], values[part], direction=step % 2, update=step != 6))
     return results
 
 

@@ -61,9 +61,7 @@ class BlockArrays:
         self._in_files = folder is not None
         if folder is None:
             if distributed.is_active():
-                raise AnybatchError(
-                    "Several processes search together through files; give a folder that all of them can reach."
-                )
+                raise AnybatchError("Several processes search through files; give a folder that they all reach.")
             self.arrays: dict[str, Any] = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
         else:
             with distributed.alone() as chosen:

@@ -47,9 +47,7 @@ def as_ids(name: str, values: np.ndarray | Tensor, *, low: int = 0) -> np.ndarra
     """Ids of rows as int64, `low` or more; else an AnybatchError."""
     ids = np.asarray(values)
     if ids.dtype.kind not in "iu":
-        raise AnybatchError(
-            f"{name} is {ids.dtype} of shape {ids.shape}; expected integers, equal for identical texts."
-        )
+        raise AnybatchError(f"{name} is {ids.dtype} of shape {ids.shape}; expected integers, equal for equal texts.")
     ids = ids.astype(np.int64)
     if ids.size and int(ids.min()) < low:
         raise AnybatchError(f"{name} goes down to {int(ids.min())}; expected {low} or more.")

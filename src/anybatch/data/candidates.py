@@ -35,11 +35,6 @@ class CandidateData:
         query: (R,) int64: which query each row asks.
         of_row: R arrays of candidates, the right one first.
         source: Where they were read, for messages.
-
-    >>> rows = [np.array([0, 1]), np.array([1, 0])]
-    >>> data = CandidateData(queries=["4 legs?", "wings?"], candidates=["cat", "owl"], query=np.arange(2), of_row=rows)
-    >>> len(data.digest)
-    32
     """
 
     queries: Column
@@ -57,11 +52,7 @@ class CandidateData:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CandidateSets:
-    """Several sets by their names.
-
-    >>> CandidateSets(sets={}).digest == CandidateSets(sets={}).digest
-    True
-    """
+    """Several sets by their names."""
 
     sets: dict[str, CandidateData]
 
@@ -120,9 +111,7 @@ def read_candidates(path: str | os.PathLike[str], images: str | os.PathLike[str]
             query = _sides(record, QUERY, row, where, pool)
             targets = _sides(record, TARGET, row, where, pool)
             if len(query) != 1:
-                raise AnybatchError(
-                    f"Row {row} of {where} asks {len(query)} queries; expected one, a text or an image."
-                )
+                raise AnybatchError(f"Row {row} of {where} has {len(query)} queries; expected one, a text or an image.")
             if not targets:
                 raise AnybatchError(f"Row {row} of {where} has no candidates ('{TARGET[0]}'). Leave it out.")
             asked.append(queries.setdefault(query[0], len(queries)))

@@ -36,10 +36,7 @@ THUMBNAIL = 64  # pixels of the longer side
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EncodedImage:
-    """One image as it was stored: the bytes of its file, and row and column for messages.
-
-    >>> EncodedImage(encoded=b"no image", where="row 3, 'photo' of pairs.csv").size  # None where it is no image
-    """
+    """One image as it was stored: the bytes of its file, and row and column for messages."""
 
     encoded: bytes = field(repr=False)
     where: str

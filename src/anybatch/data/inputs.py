@@ -22,12 +22,7 @@ ABSENT = b"\xff"  # key of an explicit negative that is not there; no text has i
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MixedInput:
-    """One side of a pair: a text, images, or both; at least one of them.
-
-    >>> cat = EncodedImage(encoded=b"...", where="row 1, 'photo' of pets.parquet")
-    >>> MixedInput(text="What is it?", images=(cat,)).text
-    'What is it?'
-    """
+    """One side of a pair: a text, images, or both; at least one of them."""
 
     text: str | None
     images: tuple[EncodedImage, ...] = ()
@@ -69,19 +64,12 @@ class MixedColumn(Rows[MixedInput]):
         first = np.cumsum([0, *map(len, collections)])
         start = {id(images): int(place) for images, place in zip(collections, first, strict=False)}
         width = max((column.places.shape[1] for column in columns), default=0)
-        places = [
-            np.pad(
-                np.where(column.places == NONE, NONE, column.places + start.get(id(column.images), 0)),
-                ((0, 0), (0, width - column.places.shape[1])),
-                constant_values=NONE,
-            )
-            for column in columns
-        ]
-        return cls(
-            [text for column in columns for text in column.texts],
-            ImageColumn.join(collections) if collections else None,
-            np.concatenate(places),
-        )
+        places = []
+        for column in columns:
+            moved = np.where(column.places == NONE, NONE, column.places + start.get(id(column.images), 0))
+            places.append(np.pad(moved, ((0, 0), (0, width - moved.shape[1])), constant_values=NONE))
+        texts = [text for column in columns for text in column.texts]
+        return cls(texts, ImageColumn.join(collections) if collections else None, np.concatenate(places))
 
     @cached_property
     def has_images(self) -> np.ndarray:
@@ -195,11 +183,7 @@ def kind_of(column: Column) -> Literal["text", "image", "both"]:
 
 
 def kinds_of_rows(column: NegativeColumn) -> np.ndarray:
-    """(n,) int: 1 a text, 2 images, 3 both, 0 nothing.
-
-    >>> kinds_of_rows(["a cat", None]).tolist()
-    [1, 0]
-    """
+    """(n,) int: 1 a text, 2 images, 3 both, 0 nothing."""
     if isinstance(column, ImageColumn):
         return np.full(len(column), 2)
     if isinstance(column, MixedColumn):

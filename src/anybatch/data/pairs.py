@@ -24,9 +24,6 @@ class PairSet:
     """One of several data sets, whose rows lie one after the other in a `PairData`.
 
     Prompts are instructions put before its texts in training; a teacher reads the texts without them.
-
-    >>> PairSet(name="questions", num_rows=1000, anchor_prompt="Find the answer: ").num_rows
-    1000
     """
 
     name: str

@@ -145,7 +145,8 @@ def _read_file(
 
     # 3. Paths become images; columns that were only supposed to hold some are let go.
     beside = {name for name in cells if any(isinstance(entry, tuple) for entry in _entries_of(cells[name]))}
-    paths = {name for name in others if images != "" and name not in beside and _are_paths(cells[name], name, where)}
+    asked = [name for name in others if images != "" and name not in beside]
+    paths = {name for name in asked if are_image_paths(name, list(_entries_of(cells[name])), where)}
     chosen = chosen.without(chosen.supposed - paths - stored.keys())
     pool = ImagePool(Path(images) if images else path if path.is_dir() else path.parent, where)
     for name, (column, _) in stored.items():
@@ -212,16 +213,8 @@ def _entries_of(cells: Sequence[Cell]) -> Iterator[Any]:
     return (entry for cell in cells if cell for entry in as_list(cell) if entry)
 
 
-def _are_paths(cells: Sequence[Cell], name: str, where: str) -> bool:
-    return are_image_paths(name, list(_entries_of(cells)), where)
-
-
 class ImagePool:
-    """The images of a file: those stored in it, then the files that it names, each once.
-
-    >>> ImagePool(Path("photos"), "pairs.csv").column([("a cat", ()), None])
-    ['a cat', None]
-    """
+    """The images of a file: those stored in it, then the files that it names, each once."""
 
     def __init__(self, root: Path, where: str) -> None:
         self.root, self.where = root, where
@@ -263,15 +256,10 @@ class ImagePool:
             parts = list(self.stored)
             if self.files:
                 names = list(dict.fromkeys(name for _, name in self.files.values()))
-                parts.append(
-                    ImageColumn.of_paths(
-                        list(self.files),
-                        self.root,
-                        [f"'{name}' of {self.where}" for name in names],
-                        np.array([row for row, _ in self.files.values()], np.int64),
-                        np.array([names.index(name) for _, name in self.files.values()], np.int32),
-                    )
-                )
+                where = [f"'{name}' of {self.where}" for name in names]
+                rows = np.array([row for row, _ in self.files.values()], np.int64)
+                source = np.array([names.index(name) for _, name in self.files.values()], np.int32)
+                parts.append(ImageColumn.of_paths(list(self.files), self.root, where, rows, source))
             self._images = ImageColumn.join(parts) if parts else None
         return self._images
 

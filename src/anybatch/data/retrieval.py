@@ -19,12 +19,7 @@ logger = logging.getLogger("anybatch")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RetrievalData:
-    """Judged queries, documents (title and text joined by a space), and grades by query id and document id.
-
-    >>> pets = {"query_ids": ["q1"], "query_texts": ["What purrs?"], "corpus_ids": ["d1"], "corpus_texts": ["A cat."]}
-    >>> len(RetrievalData(**pets, relevance={"q1": {"d1": 1}}).digest)
-    32
-    """
+    """Judged queries, documents (title and text joined by a space), and grades by query id and document id."""
 
     query_ids: Sequence[str]
     query_texts: Sequence[str]
@@ -86,9 +81,7 @@ def read_retrieval(
         document = _id(record, ("doc_id", "corpus-id", "corpus_id", "docid"), row, qrels)
         if query not in texts or document not in documents:
             unknown = f"query {query}" if query not in texts else f"document {document}"
-            raise AnybatchError(
-                f"Row {row} of {qrels} judges {unknown}, which is not there. Give the files of one set."
-            )
+            raise AnybatchError(f"Row {row} of {qrels} judges {unknown}, which is not there. Give files of one set.")
         grade = _grade(record, row, qrels)
         if relevance.setdefault(query, {}).setdefault(document, grade) != grade:
             second = f"grades document {document} for query {query} a second time, and differently"

@@ -55,9 +55,7 @@ class DebiasedInfoNCE(SoftmaxLoss):
         self, *, tau_plus: Annotated[float, Range(0, 1)] = 0.1, temperature: Positive = 0.5, **scoring: Unpack[Scoring]
     ) -> None:
         if not 0 <= tau_plus < 1:
-            raise AnybatchError(
-                f"tau_plus is {tau_plus}; expected the share of false negatives, 0 or more and below 1."
-            )
+            raise AnybatchError(f"tau_plus is {tau_plus}; expected the share of false negatives, from 0 to below 1.")
         super().__init__(GlobalTemperature(temperature), Debiased(tau_plus, temperature), **scoring)
 
 

@@ -112,16 +112,10 @@ class Margins(Part):
         margins = self.margins.of(batch.rows, direction=direction, dtype=dtype)
         num_explicit = len(batch.others(direction)) - len(margins)
         margins = torch.cat([margins, margins.new_full((num_explicit,), self.initial)])
-        weight = plus(
-            side.log_weight,
-            len(batch.anchors),
-            Values("margin", "text" if direction == 0 else "anchor"),  # of the candidates, in either direction
-            back=direction == 1,
-            margin=-margins / tau,
-        )
-        return replace(
-            side, rule=margined, log_weight=weight, column_weight=margined.weight if batch.updating else None
-        )
+        off = Values("margin", "text" if direction == 0 else "anchor")  # of the candidates, in either direction
+        weight = plus(side.log_weight, len(batch.anchors), off, back=direction == 1, margin=-margins / tau)
+        asked = margined.weight if batch.updating else None
+        return replace(side, rule=margined, log_weight=weight, column_weight=asked)
 
     def learn(self, batch: Batch, sides: tuple[Side, ...], stats: tuple[SoftmaxStats, ...], loss: Tensor) -> Tensor:
         """See `Part.learn`."""

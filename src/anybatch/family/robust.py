@@ -91,18 +91,14 @@ class FastCLIP(SoftmaxLoss):
         directions, tau = self.num_directions(scoring), None
         if version == "v2":
             rate = 0.01 if temperature_lr is None else temperature_lr
-            steps = {"lr": rate, "momentum": temperature_momentum, "clip": 5.0}
-            tau = PerRowTemperature(
-                num_rows, directions, initial=temperature, limits=temperature_range, rho=rho, **steps
-            )
+            steps = {"rho": rho, "lr": rate, "momentum": temperature_momentum, "clip": 5.0}
+            tau = PerRowTemperature(num_rows, directions, initial=temperature, limits=temperature_range, **steps)
         elif version == "v1":
             tau = GlobalTemperature(temperature, limits=temperature_range, rho=0.0)
         else:
             check_limits(temperature_range, temperature)
-            factor = rho if version == "v3" else None
-            tau = GlobalTemperature(
-                temperature, learnable=True, limits=temperature_range, rho=factor, lr=temperature_lr
-            )
+            times = rho if version == "v3" else None
+            tau = GlobalTemperature(temperature, learnable=True, limits=temperature_range, rho=times, lr=temperature_lr)
         moving = version != "v1"
         running = RunningDenominator(num_rows, directions, gamma=gamma, eps=eps, state=state, moving=moving)
         super().__init__(tau, running, **scoring)

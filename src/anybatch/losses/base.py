@@ -256,9 +256,7 @@ class ContrastiveLoss(State):
         """The index, checked, as int64."""
         if index is None:
             if any(part.needs_index for part in self._parts):
-                raise AnybatchError(
-                    "This loss remembers each row: give index=, the row numbers of the batch in the data set."
-                )
+                raise AnybatchError("This loss remembers each row: give index=, the batch's row numbers in the data.")
             return None
         known = next((part.num_rows for part in self._parts if part.num_rows is not None), None)
         high = None if known is None else known - 1

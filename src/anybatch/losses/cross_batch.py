@@ -94,9 +94,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
                 "memory use CountCorrectedInfoNCE."
             )
         if mean_rows < 1:
-            raise AnybatchError(
-                f"mean_rows is {mean_rows}; expected the number of rows that the mean is of, at least 1."
-            )
+            raise AnybatchError(f"mean_rows is {mean_rows}; expected the number of rows of the mean, at least 1.")
         self.memory_size, self.centred, self.mean_rows = memory_size, centred, mean_rows
         self._last: tuple[Tensor, SoftmaxStats, Tensor] | None = None
         self._num_used = 0

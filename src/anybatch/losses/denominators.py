@@ -108,12 +108,11 @@ class RunningDenominator(Denominator):
 
     Example:
         >>> import torch
-        >>> running = RunningDenominator(3, gamma=0.5)
-        >>> row = Visits.of(torch.tensor([1]))
-        >>> for value in (2.0, 4.0):
-        ...     u = running.blend(row, torch.tensor([value]).log(), direction=0, update=True).exp()
-        >>> round(u.item(), 5)
-        3.0
+        >>> from anybatch.losses import SoftmaxLoss
+        >>> loss = SoftmaxLoss(None, RunningDenominator(4, gamma=0.5), temperature=1.0)
+        >>> value = loss(torch.eye(2), torch.eye(2), index=torch.tensor([0, 3]))
+        >>> loss.denominator.visited.tolist()
+        [[True, False, False, True]]
     """
 
     log_mean: Tensor
@@ -190,60 +189,6 @@ class RunningDenominator(Denominator):
                 self.gamma.advance()
         return loss
 
-    def blend(
-        self,
-        visits: Visits,
-        batch: Tensor,
-        *,
-        level: Tensor | None = None,
-        temperature: Tensor | None = None,
-        heard: Tensor | None = None,
-        direction: int,
-        update: bool,
-    ) -> Tensor:
-        """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
-
-        Args:
-            visits: The rows.
-            batch: (B,) what this batch says: the log of a mean; -inf for a mean of 0, all of whose terms are masked.
-            level: (B,) what has been taken off `batch`, and is added to what is stored; None for nothing.
-            temperature: (B,) that of each, if it is moving.
-            heard: (B,) bool, false where the mean is over nothing; None for none.
-            direction, update: Which state; whether to store the result.
-
-        Rows never visited of which the batch says nothing are -inf; they, and those whose mean is 0, stay unvisited.
-        Rows of which the batch says NaN or +inf keep what they knew, in the memory but not in what is returned.
-        """
-        # 1. What the batches of all ranks say.
-        heard = torch.ones_like(batch) if heard is None else heard.to(batch.dtype)
-        level = torch.zeros_like(batch) if level is None else level.to(batch.dtype)
-        temperature = torch.ones_like(batch) if temperature is None else temperature.to(batch.dtype)
-        figures = torch.stack([batch, level, heard, temperature], dim=1)
-        batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
-        # 2. With what is known, in the batch's precision, relative to the positive: a first visit is its value exactly.
-        place = direction, visits.rows
-        stored = self.log_mean[place].to(batch.dtype)
-        made_at = self.made_at[place].to(batch.dtype) if self.moving else torch.ones_like(stored)
-        old = (stored * made_at)[visits.inverse] / temperature - level
-        if isinstance(self.gamma, Gamma):
-            log_gamma, log_stay = self.gamma.log_shares(old)
-        else:
-            log_gamma, log_stay = log_shares(self.gamma)
-        new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
-        new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
-        # 3. The mean of a row's visits, at one temperature; nothing of a step that has diverged (NaN, +inf).
-        if update:
-            now = torch.zeros_like(stored).scatter_reduce(0, visits.inverse, temperature, "amax")
-            at_one = (new + level) * (temperature / now[visits.inverse])
-            mean, some = _combine(at_one, heard, visits.inverse, len(visits.rows))
-            some &= mean.isfinite() | mean.isneginf()
-            mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
-            limits = torch.finfo(self.log_mean.dtype)  # beyond them: the largest number, not infinity
-            self.log_mean[place] = mean.to(self.log_mean.dtype).clamp(limits.min, limits.max)
-            if self.moving:
-                self.made_at[place] = torch.where(some, now, made_at).to(self.made_at.dtype)
-        return new[visits.own]
-
     def refuse_state(self, state: Mapping[str, Any], prefix: str) -> None:
         """See `State.refuse_state`: one of the other reference."""
         saved = state.get(prefix + "relative")
@@ -287,21 +232,49 @@ class RunningRule:
             drawn = drawn - self.dropped
         # What takes a log-mean to a log-sum over the batch.
         correction = torch.zeros_like(log_sum) if self.normalised else drawn.clamp(min=1).log()
-        log_mean = self.denominator.blend(
-            self.visits,
-            log_sum - correction,
-            level=self.level,
-            temperature=self.temperature,
-            heard=drawn > 0,
-            direction=self.direction,
-            update=self.update,
-        )
+        log_mean = self.blend(log_sum - correction, drawn > 0)
         objective = torch.logaddexp(log_mean, torch.full_like(log_mean, self.log_eps))
         weight = None
         if self.denominator.exact_positive:
             weight = torch.where((drawn > 0) & ~log_mean.isneginf(), -(log_mean - objective).exp(), 0.0)
         value = torch.where(objective.isneginf(), 0.0, objective + self.constant)
         return Answer(objective + correction, value, weight), log_mean
+
+    def blend(self, batch: Tensor, heard: Tensor) -> Tensor:
+        """The moving average at each of the batch's rows, (B,); their mean per row is stored if `update`.
+
+        `batch` (B,) is what this batch says, the log of a mean relative to the positive, -inf where all of its terms
+        are masked; `heard` (B,) is False where the mean is over nothing. Rows never visited of which the batch says
+        nothing are -inf; they, and those whose mean is 0, stay unvisited. Rows of which the batch says NaN or +inf keep
+        what they knew, in the memory but not in what is returned.
+        """
+        # 1. What the batches of all ranks say.
+        running, visits = self.denominator, self.visits
+        level = torch.zeros_like(batch) if self.level is None else self.level.to(batch.dtype)
+        temperature = torch.ones_like(batch) if self.temperature is None else self.temperature.to(batch.dtype)
+        figures = torch.stack([batch, level, heard.to(batch.dtype), temperature], dim=1)
+        batch, level, heard, temperature = distributed.gather_rows(figures, visits.sizes).unbind(dim=1)
+        # 2. With what is known, in the batch's precision: a first visit is its value exactly.
+        place = self.direction, visits.rows
+        stored = running.log_mean[place].to(batch.dtype)
+        made_at = running.made_at[place].to(batch.dtype) if running.moving else torch.ones_like(stored)
+        old = (stored * made_at)[visits.inverse] / temperature - level
+        gamma = running.gamma
+        log_gamma, log_stay = gamma.log_shares(old) if isinstance(gamma, Gamma) else log_shares(gamma)
+        new = torch.where(old.isnan(), batch, torch.logaddexp(old + log_stay, batch + log_gamma))
+        new = torch.where(heard > 0, new, torch.where(old.isnan(), -torch.inf, old))
+        # 3. The mean of a row's visits, at one temperature; nothing of a step that has diverged (NaN, +inf).
+        if self.update:
+            now = torch.zeros_like(stored).scatter_reduce(0, visits.inverse, temperature, "amax")
+            at_one = (new + level) * (temperature / now[visits.inverse])
+            mean, some = _combine(at_one, heard, visits.inverse, len(visits.rows))
+            some &= mean.isfinite() | mean.isneginf()
+            mean = torch.where(some, torch.where(mean.isneginf(), torch.nan, mean), stored)
+            limits = torch.finfo(running.log_mean.dtype)  # beyond them: the largest number, not infinity
+            running.log_mean[place] = mean.to(running.log_mean.dtype).clamp(limits.min, limits.max)
+            if running.moving:
+                running.made_at[place] = torch.where(some, now, made_at).to(running.made_at.dtype)
+        return new[visits.own]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,9 +243,8 @@ class LogWeights:
     def gathered(self, row_sizes: list[int], column_sizes: list[int]) -> LogWeights:
         """The same over the queries and candidates of all ranks. Two collectives, whatever the terms."""
         self.refuse_pairs("the other ranks")
-        return replace(
-            self, queries=self.queries.gathered(row_sizes), candidates=self.candidates.gathered(column_sizes)
-        )
+        queries, candidates = self.queries.gathered(row_sizes), self.candidates.gathered(column_sizes)
+        return replace(self, queries=queries, candidates=candidates)
 
     def reversed(self, num_rows: int) -> LogWeights:
         """The same from the first `num_rows` candidates, the positives, to the anchors."""
@@ -272,9 +271,8 @@ class LogWeights:
             examples.with_columns(remembered=torch.full((len(examples),), number, device=device))
             for number, examples in enumerate((self.candidates, shared))
         )
-        return replace(
-            self, queries=self.queries.with_columns(num_remembered=num_remembered), candidates=fresh.followed_by(old)
-        )
+        queries = self.queries.with_columns(num_remembered=num_remembered)
+        return replace(self, queries=queries, candidates=fresh.followed_by(old))
 
     def refuse_pairs(self, elsewhere: str) -> None:
         """Refuse a tensor with a value a pair."""
@@ -327,9 +325,7 @@ def as_log_weights(log_weight: LogWeights | Tensor, num_rows: int, num_columns: 
             ("candidates", log_weight.candidates, num_columns),
         ):
             if examples.columns and len(examples) != expected:
-                raise AnybatchError(
-                    f"log_weight has records of {len(examples)} {name}; the batch has {expected}. Give one a row."
-                )
+                raise AnybatchError(f"log_weight has {len(examples)} {name}; the batch has {expected}. Give one a row.")
         return log_weight
     if not isinstance(log_weight, Tensor):
         raise AnybatchError(

@@ -171,13 +171,8 @@ class SogCLR(SoftmaxLoss):
         **scoring: Unpack[OneTemperature],
     ) -> None:
         learned = self.scoring(scoring)["learnable_temperature"]
+        positive = positive if learned or positive is not None else "batch"
         running = RunningDenominator(
-            num_rows,
-            self.num_directions(scoring),
-            gamma=gamma,
-            eps=eps,
-            state=state,
-            positive=positive if learned or positive is not None else "batch",
-            moving=learned,
+            num_rows, self.num_directions(scoring), gamma=gamma, eps=eps, state=state, positive=positive, moving=learned
         )
         super().__init__(None, running, **scoring)

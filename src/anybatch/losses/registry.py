@@ -243,10 +243,9 @@ def _class_of(name: str) -> type[LossConfig]:
     """`LossConfig` with the options of one method as fields."""
     fields = []
     for key, (hint, default) in options_of(name).items():
-        required = default is inspect.Parameter.empty
-        fields.append(
-            (key, hint | None if required else hint, dataclasses.field(default=None if required else default))
-        )
+        if default is inspect.Parameter.empty:
+            hint, default = hint | None, None
+        fields.append((key, hint, dataclasses.field(default=default)))
     named = ("name", Literal[name], dataclasses.field(default=name))
     return dataclasses.make_dataclass("LossConfig", [named, *fields], bases=(LossConfig,), frozen=True, kw_only=True)
 

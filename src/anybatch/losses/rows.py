@@ -138,9 +138,7 @@ class RowTable(nn.Module):
         if mask_suspects and plan.suspects is not None:
             self.suspects = suspect_keys(plan.suspects, positives, self.width)
         elif mask_suspects:
-            warnings.warn(
-                "The plan was made without suspects, so there is nothing to mask (mask_suspects).", stacklevel=2
-            )
+            warnings.warn("The plan has no suspects, so there is nothing to mask (mask_suspects).", stacklevel=2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowTable:
         """Casts of a whole model leave the table in the precision of the plan's arithmetic; it only moves."""
@@ -162,15 +160,10 @@ class RowTable(nn.Module):
                 positives, each without the rows that lack it.
             num_candidates: M, positives and explicit negatives of the batch, instead of `num_negatives`.
         """
-        index = as_integers(
-            "index",
-            index,
-            length=index.numel() if isinstance(index, Tensor) else None,
-            device=self.anchor_id.device,
-            low=0,
-            high=len(self.anchor_id) - 1,
-            remedy="Give the rows of the data set that the table was made of.",
-        )
+        length, device = index.numel() if isinstance(index, Tensor) else None, self.anchor_id.device
+        limits = {"low": 0, "high": len(self.anchor_id) - 1}
+        remedy = "Give the rows of the data set that the table was made of."
+        index = as_integers("index", index, length=length, device=device, remedy=remedy, **limits)
         if num_candidates is not None:
             num_negatives = self._num_negatives(index, num_candidates)
         elif num_negatives > self.negative_id.shape[1]:
@@ -244,13 +237,8 @@ class RowTable(nn.Module):
                     log_ways.zero_()
         further = {name: self.get_buffer(f"column_{name}")[index] for name in self.columns}
         of_pairs = {**further, "anchor_id": self.anchor_id[index], "row": index}
-        return Examples(
-            text_id=candidate_id,
-            cluster=cluster,
-            task=task,
-            log_ways=log_ways,
-            **{name: behind(values, len(candidate_id)) for name, values in of_pairs.items()},
-        )
+        others = {name: behind(values, len(candidate_id)) for name, values in of_pairs.items()}
+        return Examples(text_id=candidate_id, cluster=cluster, task=task, log_ways=log_ways, **others)
 
 
 def _checked_ids(

@@ -119,8 +119,7 @@ class State(nn.Module):
         if (missing or unexpected) and (saved or not prefix):
             raise AnybatchError(
                 f"The saved state is of another loss than this {type(self).__name__}: missing are {_listed(missing)}, "
-                "unknown here are "
-                f"{_listed(unexpected)}. " + OTHER_LOSS
+                f"unknown here are {_listed(unexpected)}. {OTHER_LOSS}"
             )
         # 2. What has the width of the saved embeddings takes it.
         for name in self.widths:

@@ -91,13 +91,7 @@ class MiningConfig(Configuration):
 
 @dataclass(frozen=True, kw_only=True)
 class SettledConfig(MiningConfig):
-    """A `MiningConfig` without "auto", but for the window.
-
-    Example:
-        >>> settled = MiningConfig(method="published").settled()
-        >>> settled.cluster_size, settled.margin, settled.conflict_weight
-        (32, None, 0.0)
-    """
+    """A `MiningConfig` without "auto", but for the window."""
 
     method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
     cluster_size: Annotated[int, Range(2)] = MOST

@@ -134,9 +134,7 @@ def build_graph(
     num_rows = len(neighbors.ids)
     ids = neighbors.ids[:, : window.depth]
     if ids.size and int(ids.max()) >= num_rows:  # sparse products check no index
-        raise AnybatchError(
-            f"A neighbour is row {int(ids.max())} of {num_rows}. Search the neighbours of these rows anew."
-        )
+        raise AnybatchError(f"A neighbour is row {int(ids.max())} of {num_rows}. Search these rows' neighbours anew.")
     wanted, conflict = (_matrix(ids[chosen], chosen.sum(axis=1), num_rows) for chosen in window.cut(neighbors))
     text = np.arange(num_rows) if text is None else np.asarray(text)
     joined, conflicts = (_to_rows(matrix, text, seed) for matrix in (wanted, conflict))

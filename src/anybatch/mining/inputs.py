@@ -36,9 +36,7 @@ def check_embeddings(name: str, embeddings: np.ndarray, num_rows: int | None = N
     """Refuse embeddings that cannot be ranked; rows of all zeros too, without `zeros`."""
     if not isinstance(embeddings, np.ndarray) or embeddings.dtype.kind not in "fiu":
         given = f"an array of {embeddings.dtype}" if isinstance(embeddings, np.ndarray) else type(embeddings).__name__
-        raise AnybatchError(
-            f"The {name} embeddings are {given}; expected a NumPy array of numbers, (rows, dimensions)."
-        )
+        raise AnybatchError(f"The {name} embeddings are {given}; expected a NumPy array of numbers (rows, dimensions).")
     if embeddings.ndim != 2 or not embeddings.size or (num_rows is not None and len(embeddings) != num_rows):
         expected = "(rows, dimensions)" if num_rows is None else f"({num_rows}, dimensions)"
         raise AnybatchError(

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,15 +66,10 @@ def ivf_neighbors(
     cells = _Cells(search, seed=seed, folder=folder, identity=identity)
     recall, num_probes = cells.probes(target_recall)
     order = cells.query_order(search)
-    units = [order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
-    found = search_units(
-        search,
-        [(unit, unit) for unit in units],
-        lambda block: cells.pieces(block, num_probes),
-        folder=folder,
-        identity=f"{identity} {num_probes}",
-        progress=progress,
-    )
+    runs = [order[start : start + unit_rows] for start in range(0, len(queries), unit_rows)]
+    pieces, identity = partial(cells.pieces, num_probes=num_probes), f"{identity} {num_probes}"
+    units = [(run, run) for run in runs]
+    found = search_units(search, units, pieces, folder=folder, identity=identity, progress=progress)
     return replace(found, recall=recall, num_probes=num_probes)
 
 
@@ -148,16 +145,10 @@ class _Cells:
         """(2, C): for every number of visited cells the recall on a sample, and that less its standard error."""
         num_rows = len(search.queries)
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, min(SAMPLE, num_rows), replace=False))
-        truth = exact_neighbors(
-            search.queries,
-            search.documents,
-            search.num_neighbors,
-            anchor_id=search.ids[0],
-            positive_id=search.ids[1],
-            rows=rows,
-            columns=search.columns,
-            device=self.device,
-        )
+        anchor_id, positive_id = search.ids
+        asked: dict[str, Any] = {"rows": rows, "columns": search.columns, "device": self.device}
+        asked |= {"anchor_id": anchor_id, "positive_id": positive_id}
+        truth = exact_neighbors(search.queries, search.documents, search.num_neighbors, **asked)
         cell = np.empty(num_rows, np.int32)
         cell[self.order] = np.repeat(np.arange(self.num_cells, dtype=np.int32), np.diff(self.starts))
         scores = np.asarray(search.queries[rows], np.float32) @ self.arrays["centroids"].T

@@ -25,7 +25,7 @@ from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
 from anybatch.mining.partition import SWEEPS, equal_clusters, metis_clusters
 from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
-from anybatch.plans.plan import BatchPlan
+from anybatch.plans.plan import BatchPlan, check_batch
 from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
@@ -192,15 +192,8 @@ def random_plan(
 def check_sizes(num_rows: int, *, config: MiningConfig, sets: Sequence[MiningSet] = ()) -> None:
     """Refuse what no search can mend, before it: the same on every rank, because it reads nothing but sizes."""
     settled, given = config.settled(), [one for one, _ in _given_sets(sets, num_rows)]
-    if num_rows < config.batch_size:
-        raise AnybatchError(
-            f"The data has {num_rows} rows, fewer than one batch of {config.batch_size}. Lower the batch size."
-        )
     size = 1 if config.method == "random" else settled.cluster_size
-    if config.batch_size % size:
-        raise AnybatchError(
-            f"batch_size {config.batch_size} is not a multiple of mining.cluster_size {size}; choose one that is."
-        )
+    check_batch(num_rows, config.batch_size, size, "mining.cluster_size")
     counts = [one.num_rows // size for one in given]
     sampling = ClusterSampling(
         cluster_task=np.repeat(np.arange(len(given)), counts),
@@ -389,10 +382,9 @@ def _plan_settings(num_rows: int, config: MiningConfig, sets: Sequence[MiningSet
 def _check_both(anchors: np.ndarray, positives: np.ndarray) -> None:
     check_embeddings("anchor", anchors)
     check_embeddings("positive", positives, len(anchors))
-    if anchors.shape[1] != positives.shape[1]:
-        raise AnybatchError(
-            f"Anchors have {anchors.shape[1]} dimensions, positives {positives.shape[1]}; expected the same."
-        )
+    widths = anchors.shape[1], positives.shape[1]
+    if widths[0] != widths[1]:
+        raise AnybatchError(f"Anchors have {widths[0]} dimensions, positives {widths[1]}; expected the same.")
 
 
 def _note_small_set(one: _Set, config: SettledConfig, report: MiningReport) -> None:

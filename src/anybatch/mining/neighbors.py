@@ -29,6 +29,7 @@ BLOCK_UNITS = 8  # between two records of progress
 PIECE_ROWS = 2048  # documents converted to float32 at once: one tile's
 
 Progress = Callable[[float], None]
+Pieces = Callable[[Tensor], Iterator[Piece]]
 Unit = tuple[slice | np.ndarray, np.ndarray]  # places in the result, and the query rows that are searched together
 
 
@@ -84,9 +85,7 @@ class Search:
         check_embeddings("query", queries, zeros=True)
         check_embeddings("document", documents, zeros=True)
         if queries.shape != documents.shape:
-            raise AnybatchError(
-                f"The queries have shape {queries.shape}, the documents {documents.shape}; expected the same."
-            )
+            raise AnybatchError(f"Queries have shape {queries.shape}, documents {documents.shape}; expected the same.")
         chosen = checked_rows("columns", columns, len(documents)).astype(np.int32)
         return cls(queries, documents, num_neighbors, compact_ids(len(queries), **ids), chosen, device)
 
@@ -156,20 +155,15 @@ def exact_neighbors(
             piece = slice(first, first + PIECE_ROWS)
             yield Piece(search.columns[piece], as_tensor(search.documents_of(piece), device))
 
-    return search_units(
-        search,
-        [(unit, rows[unit]) for unit in units],
-        pieces,
-        folder=folder,
-        identity="" if folder is None else search.identity("exact", rows),
-        progress=progress,
-    )
+    identity = "" if folder is None else search.identity("exact", rows)
+    of_rows = [(unit, rows[unit]) for unit in units]
+    return search_units(search, of_rows, pieces, folder=folder, identity=identity, progress=progress)
 
 
 def search_units(
     search: Search,
     units: Sequence[Unit],
-    pieces: Callable[[Tensor], Iterator[Piece]],
+    pieces: Pieces,
     *,
     folder: Path | None,
     identity: str,
@@ -179,19 +173,14 @@ def search_units(
 
     `pieces` leads from a unit's query embeddings to the documents that they are compared with, some thousand at a time.
     """
-    num_results, k = sum(len(rows) for _, rows in units), search.num_neighbors
+    size, k = sum(len(rows) for _, rows in units), search.num_neighbors
     blocks = [units[start : start + BLOCK_UNITS] for start in range(0, len(units), BLOCK_UNITS)]
-    kept = BlockArrays(
-        {
-            "ids": ((num_results, k), np.int32),
-            "scores": ((num_results, k), np.float32),
-            "own_score": ((num_results,), np.float32),
-        },
-        len(blocks),
-        folder=folder,
-        identity=identity,
-        rows=lambda block: np.concatenate([np.arange(num_results)[places] for places, _ in blocks[block]]),
-    )
+    shapes = {"ids": ((size, k), np.int32), "scores": ((size, k), np.float32), "own_score": ((size,), np.float32)}
+
+    def rows_of(block: int) -> np.ndarray:
+        return np.concatenate([np.arange(size)[places] for places, _ in blocks[block]])
+
+    kept = BlockArrays(shapes, len(blocks), folder=folder, identity=identity, rows=rows_of)
     ids, scores, own_score = (kept.arrays[name] for name in ("ids", "scores", "own_score"))
     by_loop = search.device is None
 

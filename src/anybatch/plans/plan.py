@@ -77,7 +77,7 @@ class BatchPlan:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_sizes(self.num_rows, self.batch_size, self.cluster_size)
+        check_batch(self.num_rows, self.batch_size, self.cluster_size)
         if self.seed < 0:
             raise AnybatchError(f"seed is {self.seed}; expected 0 or more.")
         self._check_numbers()
@@ -92,7 +92,7 @@ class BatchPlan:
     @classmethod
     def random(cls, num_rows: int, batch_size: int, *, seed: int = 0, data_digest: str = "") -> BatchPlan:
         """Plain random batches: every row its own cluster."""
-        _check_sizes(num_rows, batch_size, 1)
+        check_batch(num_rows, batch_size, 1)
         return cls(
             num_rows=num_rows,
             batch_size=batch_size,
@@ -328,24 +328,19 @@ class PlanSampler(BatchSampler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same plan; the next `iter` gives exactly the rest of its epoch."""
         if state["plan"] != self.plan.digest:
-            raise AnybatchError(
-                "The state belongs to another plan. Resume with the plan that the run was started with."
-            )
+            raise AnybatchError("The state belongs to another plan. Resume with the plan that the run began with.")
         if not 0 <= state["position"] <= self.plan.num_batches:
-            raise AnybatchError(
-                f"The position {state['position']} is outside the plan's {self.plan.num_batches} batches."
-            )
+            raise AnybatchError(f"Position {state['position']} is outside the plan's {self.plan.num_batches} batches.")
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         self._start = self.position
 
 
-def _check_sizes(num_rows: int, batch_size: int, cluster_size: int) -> None:
+def check_batch(num_rows: int, batch_size: int, cluster_size: int, name: str = "cluster_size") -> None:
+    """Refuse a batch that is no number of whole clusters, or more than the data."""
     if cluster_size < 1 or batch_size < 2:
         raise AnybatchError(f"batch_size is {batch_size} and cluster_size {cluster_size}; expected at least 2 and 1.")
     if batch_size % cluster_size:
-        raise AnybatchError(
-            f"batch_size {batch_size} is not a multiple of cluster_size {cluster_size}; choose one that is."
-        )
+        raise AnybatchError(f"batch_size {batch_size} is not a multiple of {name} {cluster_size}; choose one that is.")
     if num_rows < batch_size:
         raise AnybatchError(
             f"The data has {num_rows} rows, fewer than one batch of {batch_size}. Lower the batch size to at most "

@@ -29,9 +29,7 @@ class Layout(NamedTuple):
         """
         row_sizes = distributed.gather_sizes(num_rows, device)
         if not sum(row_sizes):
-            raise AnybatchError(
-                "The batch has no rows, so the loss has no mean. Skip it, or look at what made it empty."
-            )
+            raise AnybatchError("The batch has no rows, so the loss has no mean. Skip it, or see what made it empty.")
         column_sizes = distributed.gather_sizes(num_columns, device)
         starts = [sum(column_sizes[:number]) for number in range(len(column_sizes))]
         positive_columns: Tensor | slice = slice(0, num_rows)
