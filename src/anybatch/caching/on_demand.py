@@ -28,9 +28,8 @@ class RowsOnDemand(Rows):
     given all rows at once, with a warning.
 
     Args:
-        values: B values, such as encoded images.
-        make: From a list of values to what an encoder takes. It must give the same inputs for the same values, and may
-            run in another thread.
+        make: From a list of values, such as encoded images, to what an encoder takes. It must give the same inputs for
+            the same values, and may run in another thread.
         lengths: `(B,)` int64, the tokens of each row; None where rows cost the same each.
         patches: `(B,)` int64, what its images cost beside them.
         form: Further inputs: of tensors `(B, ...)` each mini-batch has its rows; all else, such as a task, goes into

@@ -180,9 +180,7 @@ def gradient_error(
     where that was estimated. Products are taken between the halves, so that noise does not count as bias.
 
     Args:
-        pairs: The embeddings and their full-data gradient.
-        loss: Any loss of the library's contract in the direction of `pairs`; copied, so its own state is where both
-            copies start.
+        loss: Of the direction of `pairs`; copied, so its own state is where both copies start.
         plan: Its batches, combined anew every epoch, and its hard negatives.
         weights, mask_suspects: See `RowTable`.
         run_in: Epochs before measuring, in which what the loss remembers settles. None: 3 for denominators (gamma .9;

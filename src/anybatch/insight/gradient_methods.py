@@ -98,7 +98,6 @@ def compare_methods(
 
     Args:
         pairs: The embeddings and their full-data gradient; where the methods mask suspects, prepared without them too.
-        plan: Made for these rows.
         methods: What to compare, plain InfoNCE first. On random batches inclusion weights have no meaning: the method
             is taken without, unless that is listed too. Suspects are masked there as on the plan's.
 

@@ -68,10 +68,7 @@ def verify(
     put back afterwards, those of the loss included.
 
     Args:
-        encoders: As in `cached_step`.
-        inputs: One small batch for each tower, more rows than `mini_batch_size`.
-        mini_batch_size: Rows in a forward pass.
-        loss, keep_graphs, loss_kwargs, modules: As in `cached_step`.
+        inputs: One small batch for each tower, more rows than `mini_batch_size`; all else as in `cached_step`.
 
     Returns:
         The comparison. What `cached_step` refuses (rows that see each other, a replay that differs) is its finding.
