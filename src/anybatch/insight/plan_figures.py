@@ -39,7 +39,7 @@ WHY = {  # what a figure of `marks` is, and what it was in the study
 def set_figures(seen: PlanInspection, plan: BatchPlan) -> list[Figure]:
     """What was measured of one data set, with its pass marks; of random batches the teacher alone."""
     planned, random = seen.planned, seen.random
-    shown = {  # of a mark value and comparison, where the page has more room
+    shown = {  # value and comparison, of a figure that the page shows in more than the words of its mark
         "softmax mass in the batch": (f"{planned.in_batch:.1%}", f"random batches: {random.in_batch:.1%}"),
         "suspected false negatives per anchor": (f"{planned.suspects:.2f}", f"random batches: {random.suspects:.2f}"),
     }
