@@ -89,8 +89,8 @@ class RunOptions:
             raise AnybatchError(f"--recipe is {self.recipe!r}; expected one of: {', '.join(RECIPES)}.")
         config = self.config
         if resume and config is None:
-            named = dict(item.partition("=")[::2] for item in self.sets or [])
-            config = resumed(self.output or named.get("output"))
+            named = (item.removeprefix("output=") for item in self.sets or [] if item.startswith("output="))
+            config = resumed(self.output or next(named, None))
         overrides: list[Any] = [*(self.sets or [])]
         for name, option in get_type_hints(type(self), include_extras=True).items():
             keys = [key for key in option.__metadata__ if isinstance(key, str)]
