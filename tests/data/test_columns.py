@@ -288,7 +288,7 @@ def test_ids_that_are_none(tmp_path, identity):
 @pytest.mark.parametrize(
     ("bad", "ending"),
     [
-        ([3], "fill it or leave the row out (in training: --set data.skip_bad=true)."),
+        ([3], "fill it or leave the row out (train, mine, recommend: --set data.skip_bad=true)."),
         ([3, 7], " In all 2 rows are refused: 3, 7."),
         ([3, *range(40, 50)], " In all 11 rows are refused: 3, 40, 41, 42, 43 and 6 more."),
     ],

@@ -13,6 +13,7 @@ import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import (
+    LEAVE_OUT,
     NEGATIVE,
     BadRows,
     Cell,
@@ -241,9 +242,9 @@ class ImagePool:
             if not os.path.isfile(self.root / path):  # which a text of any length and kind may be asked
                 raise AnybatchError(
                     f"'{name}' of {self.where} seems to hold paths of images, and there is no file "
-                    f"{self.root / path!s:.{LONG}} "
-                    f"(row {row + 1}). Put the files there, say which folder the paths start from: data.images "
-                    '(--images), or that these are texts: data.images=""'
+                    f"{self.root / path!s:.{LONG}} (row {row + 1}).",
+                    "Put the files there, say which folder the paths start from: data.images (--images), or that these "
+                    'are texts: data.images=""',
                 )
             self.places[path] = self.first + len(self.places)
             self.files[path] = row, name
@@ -352,8 +353,7 @@ def _side(
             side[row] = _whole(main, images, listed, found)
             if side[row] is None and kind != "negative":
                 raise AnybatchError(
-                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
-                    "out (in training: --set data.skip_bad=true)."
+                    f"{found} are empty.", f"Every row needs a text or an image there: fill it or {LEAVE_OUT}."
                 )
         except AnybatchError as error:
             bad.add(number, error)
