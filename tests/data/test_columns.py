@@ -78,6 +78,11 @@ def test_conventional_columns(present, given, chosen):
     ("present", "given", "match"),
     [
         (["text", "label"], {}, "Cannot tell anchor and positive in x.csv; it has 'text', 'label'"),
+        (["a cat", "it purrs"], {}, r"has 'a cat', 'it purrs'\. Has the file a header line\?.* Name the columns"),
+        (["x" * 99, "17"], {}, r"has 'x{40}\.\.\.', '17'\. Has the file a header line\?"),
+        (["a cat", "it purrs"], {"anchor": "query"}, r"no column 'query' .*'it purrs'\. Has the file a header line\?"),
+        (["a", "b"], {}, r"has 'a', 'b'\. Name the columns"),
+        (["the query", "Anchor"], {"anchor": "anchor"}, r"no column 'anchor'.*\. Did you mean 'Anchor'\?$"),
         (["anchor", "postive"], {}, "no column 'positive'.*Did you mean 'postive'"),
         (["anchor;positive"], {}, "one column with ';' in its name: .csv wants commas"),
         (["anchor", "positive"], {"negatives": ["negatve"]}, "no column 'negatve'"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.records import listed, no_column
+from anybatch.data.records import listed, no_column, no_header
 
 logger = logging.getLogger("anybatch")
 
@@ -98,9 +98,11 @@ def choose_columns(
             if not named and name not in sides and (any(given) or set(CONVENTIONS[0]) & set(sides)):
                 raise no_column(name, present, where)
         separator = re.search(r"[;|\t,]", present[0]) if len(present) == 1 else None
-        hint = separator and f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs"
+        hint = f".{no_header(present, where)}"
+        if separator is not None:
+            hint = f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs."
         raise AnybatchError(
-            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{hint or ''}. "
+            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{hint} "
             "Name the columns: data.anchor (--anchor) and data.positive (--positive)."
         )
     both = [grouped[side] if isinstance(side, str) else side for side in chosen if side is not None]
