@@ -114,6 +114,15 @@ def test_use_is_said_in_one_line(tmp_path, said):
     assert "no negatives; not used: 'neg', 'id'." in said()[0]
 
 
+def test_equal_rows_are_counted(tmp_path, said):
+    rows = [("a", "p"), ("a", "q"), ("b", "p"), ("a ", "p"), ("b", "p"), ("a", "p")]
+    read_pairs(write(tmp_path / "p.jsonl", [{"anchor": anchor, "positive": positive} for anchor, positive in rows]))
+    assert "6 pairs; anchor 'anchor'" in (info := said()[0])
+    assert "no other columns; 3 rows repeat another, anchor and positive." in info
+    read_pairs(write(tmp_path / "p.jsonl", [{"anchor": anchor, "positive": positive} for anchor, positive in rows[:3]]))
+    assert "repeat" not in said()[0]
+
+
 def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
     rows = [
         {"query": "a", "pos": ["p", "q"], "neg": ["n1", "n2", "n3"]},

@@ -178,11 +178,19 @@ def _read_file(
     # 5. Say it, and what looks wrong.
     unused = [name for name in later if name not in chosen.names]
     said = dict.fromkeys(alone, "images") | dict.fromkeys(beside, "texts and images")
-    say_columns(where, chosen, said, unused, len(pairs), remarks)
+    say_columns(where, chosen, said, unused, len(pairs), [*remarks, *_repeats(pairs)])
     texts = {label: parts[0] for label, parts in columns.items() if parts and isinstance(parts[0], list)}
     warn_of_columns(where, labels[0], labels[1], texts)
     pool.warn_of_placeholders(pairs)
     return pairs
+
+
+def _repeats(pairs: PairData) -> list[str]:
+    """A remark on texts that repeat; for ids of images these would have to be read, which is for later."""
+    if not isinstance(pairs.anchors, list) or not isinstance(pairs.positives, list):
+        return []
+    count = len(pairs) - len(np.unique(pairs.anchor_id * len(pairs) + pairs.positive_id))
+    return [f"{count} row{'s repeat' if count > 1 else ' repeats'} another, anchor and positive"] if count else []
 
 
 def _kept(rows: Sequence[int], bad: BadRows, where: str, skip_bad: bool) -> Sequence[int]:
