@@ -300,7 +300,7 @@ def test_signals_leave_a_checkpoint(number, pairs_file, tiny_model_folder, tmp_p
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert "the same again stops at once" in said
+    assert "once more stops at once" in said
     assert "Go on with the same command and --resume" in said
     assert "Traceback" not in said
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
