@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -314,9 +315,11 @@ def test_signals_leave_a_checkpoint(number, pairs_file, tiny_model_folder, tmp_p
     assert first == second
 
 
-def test_a_second_signal_stops_at_once():
+def test_a_second_signal_stops_at_once(request):
     """The first one only asks; what is no function of Python's is left alone."""
-    before, control = signal.getsignal(signal.SIGINT), TrainerControl()
+    before, control = signal.default_int_handler, TrainerControl()
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, before)))
+    request.addfinalizer(partial(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_DFL)))
     with StopAfterStep() as stop:
         assert set(stop.handlers) == {signal.SIGINT}  # SIGTERM ends this process
         stop.on_step_end(None, None, control)
