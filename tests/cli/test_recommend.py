@@ -48,7 +48,9 @@ def test_the_command_runs_with_the_recommended_recipe(pairs_file, tiny_model_fol
         "mining.method": "random",
         "loss.name": "count_corrected",
         "loss.temperature": "0.05",
+        "train.learning_rate": "5e-05",
     }
+    assert "--learning-rate 5e-05" in found["command"]
     settled, _ = recipe(config, PairData(anchors=["a"], positives=["b"]), pretrained=True)
     assert (settled.batch_size, settled.loss.name, settled.mining.method) == (8, "count_corrected", "random")
     steps = json.loads((tmp_path / "runs" / pairs_file.stem / "metrics.json").read_text())["num_steps"]
@@ -77,13 +79,15 @@ def test_a_teacher_is_looked_at_too(pairs_file, tiny_model_folder, tmp_path, mon
     assert "own positive first" in names
     assert "softmax mass in the batch" not in names
     assert any("anybatch inspect plan" in note for note in found["notes"])
-    assert any("a difference found here speaks for the recommended loss" in note for note in found["notes"])
+    assert any("among all of them the own positive comes first less often" in note for note in found["notes"])
 
 
 def test_what_speaks_against_the_rule_is_said(pairs_file, tiny_model_folder, tmp_path, heard):
     """At a high temperature all negatives weigh alike, and a batch points where all data do."""
     asked = ["--data", pairs_file, "--model", tiny_model_folder, "--set", "loss.temperature=5", "--batch-size", 32]
-    found = recommended(tmp_path, *asked)
+    found = recommended(tmp_path, *asked, "--set", "train.learning_rate=1e-3")
+    assert {choice["name"]: choice["reason"] for choice in found["choices"]}["train.learning_rate"] == "given"
+    assert "--learning-rate" not in found["command"]
     assert {choice["name"]: choice["value"] for choice in found["choices"]}["loss.name"] == "count_corrected"
     assert any("Small batches hardly change" in line for line in found["against"])
     assert "Speaks against it: Small batches hardly change" in heard()

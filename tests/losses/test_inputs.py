@@ -179,7 +179,7 @@ class TestIntegers:
         with pytest.raises(AnybatchError, match=r"column row of the examples has shape \(3,\); .*\(4,\) as of author"):
             Examples(row=torch.arange(3), author=torch.arange(4))
         weights = LogWeights.of(Examples(row=torch.arange(4)), 4, same_row)
-        with pytest.raises(AnybatchError, match="records of 4 candidates; the batch has 5"):
+        with pytest.raises(AnybatchError, match="log_weight has 4 candidates; the batch has 5"):
             InfoNCE()(torch.ones(4, 2), torch.ones(5, 2), log_weight=weights)
         ids = torch.arange(4)
         with pytest.raises(AnybatchError, match="have a column 'row' with other values"):
@@ -377,7 +377,7 @@ class TestCounts:
             for index in self.batches(row):
                 loss = make(self.N).double().eval()
                 state = log_mean + positive * loss.denominator.absolute
-                loss.denominator.write("log_mean", torch.arange(self.N), state, direction=0)
+                loss.denominator.log_mean[0] = state
                 leaf = anchors[index].clone().requires_grad_()
                 value = loss(leaf, positives[index], **self.arguments(index, label))
                 gradients.append(torch.autograd.grad(value * self.BATCH / factor, leaf)[0][0])

@@ -57,7 +57,7 @@ def command(
     for sentence in found.against:
         say(f"Speaks against it: {sentence}")
     # 2. The command.
-    say(f"Train with:\n\n  {line}\n")
+    say(f"What the figures mean: docs/inspect.md. Train with:\n\n  {line}\n")
     if json_file is not None:
         figures = [asdict(figure) | {"verdict": figure.verdict} for figure in found.figures]
         kept = {name: getattr(found, name) for name in ("against", "notes", "num_steps", "step_seconds", "run_seconds")}
@@ -74,12 +74,12 @@ def _duration(seconds: float) -> str:
 
 def train_command(options: TrainOptions, found: Recommendation) -> str:
     """`anybatch train` with the options that were given and what was chosen beside them."""
-    sets = [*(options.sets or [])]
-    if found.config.train.mini_batch_size == "auto" and not any(
-        item.startswith("train.mini_batch_size") for item in sets
-    ):
+    sets, train = [*(options.sets or [])], found.config.train
+    given = {item.partition("=")[0] for item in sets}
+    if train.mini_batch_size == "auto" and "train.mini_batch_size" not in given:
         sets.append("train.mini_batch_size=auto")
-    chosen = replace(options, batch_size=found.config.batch_size, sets=sets or None)
+    rate = None if "train.learning_rate" in given else train.learning_rate
+    chosen = replace(options, batch_size=found.config.batch_size, learning_rate=rate, sets=sets or None)
     words = ["anybatch", "train"]
     for field in fields(chosen):
         value = getattr(chosen, field.name)

@@ -28,6 +28,7 @@ from anybatch.insight.plan_figures import plan_warnings, set_figures
 from anybatch.insight.sample import BATCHES, LEAST, Looked, look_at
 from anybatch.insight.tables import Figure
 from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
+from anybatch.integrations.sentence_transformers.training import TrainConfig
 from anybatch.losses.registry import AUTO, first_temperature
 from anybatch.mining import mine_plan
 from anybatch.mining.audit import advice
@@ -101,6 +102,10 @@ def recommend(
         found.choices.append(Choice("train.mini_batch_size", "auto", why))
     why = "the recipe was measured at .05, and no figure from before training tells a better one"
     found.choices += [*chosen, Choice("loss.temperature", f"{first_temperature(config.loss):g}", why)]
+    rate = config.train.learning_rate
+    why = f"the default; it matters more than the loss: compare {4 * rate:g} and {20 * rate:g} too, on held-out pairs"
+    why = why if rate == TrainConfig.learning_rate else "given"
+    found.choices.append(Choice("train.learning_rate", f"{rate:g}", why))
 
     # 3. A sample, seen by student and teacher.
     left = max(seconds - (time.perf_counter() - begun), seconds / 3)
@@ -119,9 +124,8 @@ def recommend(
         found.notes.append(f"Looked at all {len(pairs):,} pairs.")
     else:
         found.notes.append(
-            f"Looked at {len(sample):,} of {len(pairs):,} pairs. Among all of them the own positive comes first less "
-            "often, and small batches change more of what is learned than is measured here: a difference found here "
-            "speaks for the recommended loss, none found here does not speak against it."
+            f"Looked at {len(sample):,} of {len(pairs):,} pairs; among all of them the own positive comes first less "
+            "often."
         )
     if looked.cut is not None:
         found.notes.append(
@@ -255,8 +259,8 @@ def _look_at_gradients(
         found.figures += gradient_figures("this recipe", of_recipe, "InfoNCE", comparison.plain)
     if not telling and not comparison.plain.bias_to_remove:
         found.notes.append(
-            "So few pairs cannot tell whether small batches change what is learned; the recommended loss stands. More "
-            f"are looked at with --seconds {looked.seconds_most}."
+            "Small batches change more of what is learned than so few pairs show, and so this does not speak against "
+            f"the recommended loss. More pairs are looked at with --seconds {looked.seconds_most}."
         )
         return
     found.notes.append(bias_sentence(comparison.plain, plan.batch_size))

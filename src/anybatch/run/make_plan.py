@@ -188,7 +188,7 @@ def decision(reports: Mapping[str, MiningReport]) -> tuple[bool, str]:
     return False, (
         "mining.method=auto takes random batches, as figures of the mined ones are not good: "
         f"{bad or 'no data set fills a cluster'}.{f' Good are: {good}.' if good else ''} To train on the mined ones "
-        "all the same, set mining.method=anybatch."
+        "all the same, set mining.method=anybatch. What the figures mean: docs/inspect.md."
     )
 
 

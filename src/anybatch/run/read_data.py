@@ -10,7 +10,7 @@ from pathlib import Path
 from anybatch.core import distributed
 from anybatch.core.errors import AnybatchError
 from anybatch.data.candidates import CandidateSets, find_candidates, read_candidates
-from anybatch.data.held_out import FEWEST, held_out_rows, split_pairs
+from anybatch.data.held_out import FEWEST, LARGEST_SHARE, held_out_rows, split_pairs
 from anybatch.data.images import ImageColumn
 from anybatch.data.inputs import check_images, instructed, row_keys
 from anybatch.data.pairs import PairData, PairSet, join_pairs
@@ -135,7 +135,9 @@ def hold_out(config: RunConfig, pairs: PairData, plan: BatchPlan | None) -> tupl
         )  # fmt: skip
     else:
         bound = "the plan is" if plan is not None else "teacher.embeddings are" if config.teacher.embeddings else None
-        few = f"it takes {FEWEST} of {len(pairs):,} pairs, a fifth of all at most, that share no text with the others"
+        enough = round(FEWEST / LARGEST_SHARE)
+        few = f"too few of {len(pairs):,} pairs share no text with the others, it takes {FEWEST}"
+        few = f"there are {len(pairs):,} pairs, it takes {enough}" if len(pairs) < enough else few
         why = f"{bound} of all pairs" if bound else few
         logger.info("Nothing is held out for evaluation: %s. --eval FILE names pairs.", why)
     return left, held_out

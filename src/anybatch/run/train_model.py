@@ -19,7 +19,7 @@ from anybatch.core.progress import Progress
 from anybatch.data.pairs import PairData
 from anybatch.integrations.sentence_transformers.collating import as_columns
 from anybatch.integrations.sentence_transformers.loss import CachedLoss
-from anybatch.integrations.sentence_transformers.training import TrainResult, train_model
+from anybatch.integrations.sentence_transformers.training import TrainConfig, TrainResult, train_model
 from anybatch.integrations.sentence_transformers.two_views import TwoViewLoss
 from anybatch.losses.registry import build_loss
 from anybatch.losses.rows import RowTable
@@ -71,8 +71,11 @@ def train_on_plan(
         memory=config.train.memory,
     )
     if getattr(inner, "over_data", False):
+        logger.info("Loss values are of a softmax over all %s rows, so higher than over a batch.", f"{len(pairs):,}")
+    if config.train.learning_rate == TrainConfig.learning_rate:
         logger.info(
-            "The loss stands for all %s rows: its values cannot be compared with those over a batch.", len(pairs)
+            "Learning rate %g, the default. It matters more than the loss: compare others with --learning-rate.",
+            config.train.learning_rate,
         )
     return train_model(
         model,

@@ -43,6 +43,7 @@ class Recorder(TrainerCallback, ExportableState):
         if not state.is_world_process_zero:
             return
         if state.global_step:
+            logger.info("Going on after step %s of %s.", state.global_step, state.max_steps)
             self.lines = [json.loads(line) for line in state.stateful_callbacks["Recorder"]["attributes"]["lines"]]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -97,7 +98,8 @@ class StopAfterStep(TrainerCallback):
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = number
         self._restore()
-        logger.warning("This step is finished and a checkpoint written; the same again stops at once.")
+        again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        logger.warning("Stopping after this step, with a checkpoint. %s once more stops at once.", again)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the Trainer for a checkpoint and its end."""
