@@ -72,7 +72,7 @@ def test_the_columns_and_the_length_of_a_run(tiny_model_folder, tmp_path, heard,
     more = ("--batch-size", "8", "--set", "train.args.max_steps=1", "--set", "model.max_length=6")
     run("train", *own, *more, "--model", str(tiny_model_folder), "--output", run_folder)
     assert "texts are cut at 6 tokens, not at its own 24" in caplog.text
-    assert "cannot be compared with those over a batch" in caplog.text
+    assert "a softmax over all 60 rows, so higher than over a batch" in caplog.text
     for file, num_queries in (("own.jsonl", 60), ("usual.csv", 2)):
         run("evaluate", run_folder, "--data", str(tmp_path / file), "--output", str(tmp_path / f"{file}.json"))
         assert json.loads((tmp_path / f"{file}.json").read_text())["num_queries"] == num_queries
