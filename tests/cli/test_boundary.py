@@ -353,6 +353,28 @@ def test_a_second_signal_stops_at_once(request):
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_signal_to_the_workers_of_a_data_loader_too(request, caplog):
+    """Ctrl-C reaches them, who have the handler of their parent; SIGTERM to the group ends them, which is no fault."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
+    with StopAfterStep() as stop:
+        if (child := os.fork()) == 0:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0 if stop.asked is None and not caplog.records else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert stop.asked is None
+
+    def fail(words):
+        with StopAfterStep():
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError(words)
+
+    with pytest.raises(KeyboardInterrupt):
+        fail("DataLoader worker (pid 7) is killed by signal: Terminated.")
+    with pytest.raises(RuntimeError, match="another"):
+        fail("another")
+
+
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 0.9, 1.2, 1.5])
 def test_a_signal_while_importing(seconds):
     """Imports take seconds, and are a likely moment; those of torch are of C++, which no exception may leave."""

@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +89,39 @@ def test_resuming_deletes_only_what_was_cut_short(tiny_model_folder, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == result.log
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C in a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("settings", [{"logging_steps": 4}, {"load_best_model_at_end": True, "save_total_limit": 1}])
+def test_a_run_that_was_stopped_has_the_log_of_one_that_was_not(settings, request, tiny_model_folder, tmp_path):
+    """A line is a mean over steps before the stop too; the end of the Trainer deletes no checkpoint of the stop."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
+    settings |= {"epochs": 4, "eval_steps": 4, "save_steps": 100}
+
+    def total(model):  # falls or rises, but is never the same twice
+        return {"ndcg@10": sum(values.double().sum().item() for values in model.parameters())}
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole, model, _ = train(tiny_model_folder, tmp_path / "whole", evaluate=total, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model_folder, tmp_path / "stopped", evaluate=total, callbacks=[Interrupt(6)], **settings)
+    assert last_whole_checkpoint(tmp_path / "stopped" / "checkpoints").name == "checkpoint-6"
+    resumed, again, _ = train(tiny_model_folder, tmp_path / "stopped", evaluate=total, resume=True, **settings)
+    assert resumed.log == whole.log
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
 def test_another_number_of_ranks_or_threads_is_said_aloud(tiny_model_folder, tmp_path, caplog):
     """Generators of ranks that were not there cannot be brought back: dropout is another than without the break."""
     train(tiny_model_folder, tmp_path)
@@ -111,7 +146,7 @@ def test_only_the_first_rank_writes_the_log_and_its_lines_come_back_from_the_che
     before = path.read_text()
     first = Recorder(path)
     first.lines = lines[:2]
-    state = SimpleNamespace(global_step=2, epoch=0.2, is_world_process_zero=False)
+    state = SimpleNamespace(global_step=2, max_steps=3, epoch=0.2, is_world_process_zero=False)
     state.stateful_callbacks = {"Recorder": json.loads(json.dumps(first.state()))}
     other = Recorder(path)
     other.on_train_begin(None, state, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -31,20 +32,28 @@ class Recorder(TrainerCallback, ExportableState):
 
     def __init__(self, path: Path, progress: Callable[[int, int, dict[str, float]], None] | None = None) -> None:
         self.path, self.progress = path, progress
+        self.trainer: Any = None  # whose sum of losses since the last line goes into the checkpoints as well
         self.lines: list[dict[str, Any]] = []
         self.latest: dict[str, float] = {}
 
     def state(self) -> dict[str, Any]:
         """What the checkpoints keep."""
-        return {"args": {}, "attributes": {"lines": [json.dumps(line) for line in self.lines]}}
+        loss, logged = (getattr(self.trainer, name, 0) for name in ("_tr_loss", "_globalstep_last_logged"))
+        lines = [json.dumps(line) for line in self.lines]
+        return {"args": {}, "attributes": {"lines": lines, "loss": float(loss), "logged": logged}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the log, with the lines of the checkpoint where a run goes on."""
+        kept = state.stateful_callbacks["Recorder"]["attributes"] if state.global_step else {"lines": []}
+        if state.global_step and self.trainer is not None:  # the next line is a mean over steps of both sessions
+            self.trainer._tr_loss += kept["loss"]
+            self.trainer._total_loss_scalar -= kept["loss"]  # the sum of this session
+            self.trainer._globalstep_last_logged = kept["logged"]
         if not state.is_world_process_zero:
             return
         if state.global_step:
             logger.info("Going on after step %s of %s.", state.global_step, state.max_steps)
-            self.lines = [json.loads(line) for line in state.stateful_callbacks["Recorder"]["attributes"]["lines"]]
+        self.lines = [json.loads(line) for line in kept["lines"]]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -77,6 +86,7 @@ class StopAfterStep(TrainerCallback):
     def __init__(self) -> None:
         self.asked: int | None = None
         self.handlers: dict[int, Any] = {}
+        self.process = os.getpid()
 
     def __enter__(self) -> StopAfterStep:
         if distributed.world_size() == 1 and threading.current_thread() is threading.main_thread():
@@ -86,9 +96,10 @@ class StopAfterStep(TrainerCallback):
             signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, kind: Any, *error: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._restore()
-        if self.asked is not None and kind is None:
+        # SIGTERM to a whole group of processes ends a data loader's workers at once, and whoever misses them fails.
+        if self.asked is not None and (kind is None or "DataLoader worker" in str(error)):
             self.handlers[self.asked](self.asked, None)
 
     def _restore(self) -> None:
@@ -96,6 +107,8 @@ class StopAfterStep(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:
+            return  # a data loader's worker, which has this handler from its parent: the step needs it
         self.asked = number
         self._restore()
         again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -105,6 +118,11 @@ class StopAfterStep(TrainerCallback):
         """Ask the Trainer for a checkpoint and its end."""
         if self.asked is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At its end the Trainer loads the best model and, with save_total_limit=1, deletes what was saved after it."""
+        if self.asked is not None and control.should_training_stop and state.global_step < state.max_steps:
+            state.best_model_checkpoint = None  # of this process; the checkpoint knows it
 
 
 class EvaluatedTrainer(Trainer):

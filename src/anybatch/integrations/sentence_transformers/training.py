@@ -157,6 +157,7 @@ def train_model(
         patience=config.args.get(PATIENCE),
         callbacks=[*callbacks, LossStateCallback(loss, run=run, checked=checkpoint), recorder, stop],
     )
+    recorder.trainer = trainer
     for callback in (PrinterCallback, ProgressCallback):  # progress is shown by ours
         trainer.remove_callback(callback)
 
