@@ -9,6 +9,7 @@ from torch import nn
 
 from anybatch.core.errors import AnybatchError
 from anybatch.insight.verify import verify
+from anybatch.losses import CrossBatchInfoNCE
 from tests.caching.helpers import Mlp, Softmax, TextEncoder, texts
 
 
@@ -38,6 +39,19 @@ def test_nothing_is_left_behind():
     assert torch.equal(encoder.layers[0].weight.grad, torch.ones_like(encoder.layers[0].weight))
     assert loss.log_temperature.grad is None
     assert encoder.training
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_memory_that_grows_is_put_back(start):
+    """The first batch replaces its buffers of no width: the mean stayed, and later batches were measured by it."""
+    loss = CrossBatchInfoNCE(50, memory_size=16)
+    for _ in range(start):
+        loss(rows().requires_grad_(), rows(seed=1), index=torch.arange(10, 20)).backward()
+    before = {name: values.clone() for name, values in loss.state_dict().items()}
+    assert verify(Mlp(dim=6), [rows(), rows(seed=1)], loss, loss_kwargs={"index": torch.arange(10)}).exact
+    after = loss.state_dict()
+    for name, values in before.items():
+        assert torch.equal(after[name], values), name
 
 
 @pytest.mark.parametrize("source", ["python", "numpy", "own", "counter"])

@@ -261,13 +261,18 @@ def test_an_untouched_model_shows_no_trace(tiny_model_folder):
         return [*drawn, modes, model.count.tolist(), [p.grad for p in model.parameters()]]
 
     before = state()
+    first = model.count
     with untouched([model]):
         model.train()
         model.count += 1
+        model.count = torch.ones(5)
+        model.register_buffer("further", torch.ones(2))
         torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
         model(model.preprocess(["mata"]))["sentence_embedding"].sum().backward()
         assert state() != before
     assert state() == before
+    assert model.count is first
+    assert "further" not in model.state_dict()
 
 
 def test_a_checkpoint_is_declared_whole_after_all_ranks_have_written(tiny_model_folder, tmp_path, monkeypatch):

@@ -260,7 +260,8 @@ def untouched(modules: Iterable[nn.Module], random: RandomState | None = None) -
     random = RandomState() if random is None else random
     flags = {part: part.training for module in modules for part in module.modules()}
     grads = {parameter: parameter.grad for part in flags for parameter in part.parameters(recurse=False)}
-    buffers = [(buffer, buffer.clone()) for part in flags for buffer in part.buffers(recurse=False)]
+    buffers = [(part._buffers, dict(part._buffers)) for part in flags]  # some are replaced, such as a queue that grows
+    contents = [(b, b.clone()) for _, held in buffers for b in held.values() if b is not None]
     for parameter in grads:
         parameter.grad = None
     try:
@@ -271,6 +272,9 @@ def untouched(modules: Iterable[nn.Module], random: RandomState | None = None) -
             part.training = flag
         for parameter, grad in grads.items():
             parameter.grad = grad
+        for holder, held in buffers:
+            holder.clear()
+            holder.update(held)
         with torch.no_grad():
-            for buffer, before in buffers:
+            for buffer, before in contents:
                 buffer.copy_(before)
