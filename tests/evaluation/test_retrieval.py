@@ -93,6 +93,14 @@ def test_pairs_with_repeated_texts():
     assert figures["recall@2"] == pytest.approx((1 + 1 + 0) / 3)
 
 
+def test_ids_are_texts_and_a_document_in_several_rows_counts_once():
+    places, relevance = np.eye(4, dtype=np.float32), {"10": {"7": 1, "8": 1}}
+    corpus = places[[0, 0, 1, 3]] + 0.1 * places[[1, 1, 0, 3]]
+    given = {"query_ids": [10], "corpus_ids": [7, 7, 8, 9], "ks": (2, 4)}
+    found = retrieval_metrics(places[:1], corpus, relevance, **given)
+    assert {value for name, value in found.items() if name != "num_queries"} == {1.0}
+
+
 def test_mistakes():
     good = np.ones((3, 2), np.float32)
     bad = good.copy()

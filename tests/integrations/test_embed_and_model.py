@@ -8,6 +8,7 @@ from sentence_transformers import SentenceTransformer
 from anybatch.core.errors import AnybatchError
 from anybatch.integrations.sentence_transformers import ModelConfig, embed_texts, embed_to_file, load_model
 from anybatch.integrations.sentence_transformers import embed as embed_module
+from anybatch.integrations.sentence_transformers.model import keep_first_layers
 
 from ..conftest import sentence
 
@@ -95,6 +96,16 @@ def test_first_layers_survive_saving(tiny_model_folder, tmp_path):
     np.testing.assert_array_equal(again.encode(TEXTS[:3]), model.encode(TEXTS[:3]))
     whole = SentenceTransformer(str(tiny_model_folder), device="cpu")
     assert sum(p.numel() for p in whole.parameters()) > sum(p.numel() for p in model.parameters())
+
+
+def test_layers_that_two_modules_hold_are_not_cut_in_one_of_them(tiny_model_folder):
+    model = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    encoder = model[0].model.encoder
+    encoder.other = torch.nn.Module()
+    encoder.other.layer = encoder.layer
+    with pytest.raises(AnybatchError, match="this model has 2"):
+        keep_first_layers(model, 1)
+    assert len(encoder.layer) == 2
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,14 @@ def retrieval_metrics(
         query without a relevant document counts 0, as in trec_eval.
     """
     # Documents in descending order of id, so that "the lower row first" is trec_eval's order among ties.
-    order = np.array(sorted(range(len(corpus_ids)), key=lambda row: corpus_ids[row], reverse=True), np.int64)
+    documents = [str(identity) for identity in corpus_ids]  # as in `relevance`, also where they are numbers
+    order = np.array(sorted(range(len(documents)), key=lambda row: documents[row], reverse=True), np.int64)
     rows = rank_embeddings(queries, corpus[order], top_k=max(ks))
     totals, judged = np.zeros((3, len(ks))), 0
     for place, ranked in enumerate(order[rows]):
-        if grades := relevance.get(query_ids[place]):
-            gains = [max(grades.get(corpus_ids[int(row)], 0), 0) for row in ranked]
+        if grades := relevance.get(str(query_ids[place])):
+            found = dict.fromkeys(documents[row] for row in ranked)  # a document in several rows counts once
+            gains = [max(grades.get(document, 0), 0) for document in found]
             relevant = [grade for grade in grades.values() if grade > 0]
             totals += _figures(np.array(gains, np.float64), np.array(relevant, np.float64), ks)
             judged += 1

@@ -307,8 +307,12 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
     backbone: Any = model[0].model if hasattr(model[0], "model") else getattr(model[0], "auto_model", None)
     config: Any = getattr(backbone, "config", None)
     total: int = getattr(config, "num_hidden_layers", None) or 0
-    named = backbone.named_modules() if total else ()
-    stacks = [(name, part) for name, part in named if isinstance(part, nn.ModuleList) and len(part) == total]
+    stacks = [
+        (parent, name)  # of every module that holds it: one that is not cut would run whole
+        for parent in (backbone.modules() if total else ())
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == total
+    ]
     if len(stacks) != 1:
         raise AnybatchError(
             "model.num_layers needs a transformer with one list of 'num_hidden_layers' layers; this model has "
@@ -316,6 +320,6 @@ def keep_first_layers(model: SentenceTransformer, num_layers: int) -> None:
         )
     if not 1 <= num_layers <= total:
         raise AnybatchError(f"model.num_layers is {num_layers}; expected 1 to {total}, the layers of this model.")
-    name, layers = stacks[0]
-    backbone.set_submodule(name, layers[:num_layers])
+    parent, name = stacks[0]
+    setattr(parent, name, getattr(parent, name)[:num_layers])
     config.num_hidden_layers = num_layers
