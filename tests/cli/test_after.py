@@ -48,7 +48,10 @@ def test_a_run_on_a_file_of_flagembedding_and_what_comes_after(flag_file, tiny_m
     (tmp_path / "runs" / "flag").rename(tmp_path / "moved")
     run("evaluate", "moved", "--output", "figures.json")  # on what the run held out, in whichever folder it lies
     assert json.loads((tmp_path / "figures.json").read_text()) == pytest.approx(kept["metrics"])
-    run("evaluate", "moved", "--data", flag_file, "--limit", "20", "--output", "others.json")
+    assert "On 50 held-out pairs of moved:" in heard()
+    run("evaluate", "moved/", "--data", flag_file, "--limit", "20", "--output", "others.json")
+    assert "On 20 pairs of flag.jsonl:" in (said := heard())
+    assert "│ moved/ │" in said  # the model's row is named as it was given
     (tmp_path / "moved" / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(
         AnybatchError, match=r"has no model yet\. Go on with it: anybatch train --resume --output moved"
@@ -69,11 +72,14 @@ def test_the_columns_and_the_length_of_a_run(tiny_model_folder, tmp_path, heard,
     more = ("--batch-size", "8", "--set", "train.args.max_steps=1", "--set", "model.max_length=6")
     run("train", *own, *more, "--model", str(tiny_model_folder), "--output", run_folder)
     assert "texts are cut at 6 tokens, not at its own 24" in caplog.text
-    assert "cannot be compared with those over a batch" in caplog.text
+    assert "a softmax over all 60 rows, so higher than over a batch" in caplog.text
     for file, num_queries in (("own.jsonl", 60), ("usual.csv", 2)):
         run("evaluate", run_folder, "--data", str(tmp_path / file), "--output", str(tmp_path / f"{file}.json"))
         assert json.loads((tmp_path / f"{file}.json").read_text())["num_queries"] == num_queries
     assert "60 queries; the standard error of a figure is at most 0.0" in heard()
+    (tmp_path / "equal.csv").write_text("anchor,positive\na,b\nc,d\na,e\n")
+    run("evaluate", run_folder, "--data", str(tmp_path / "equal.csv"))
+    assert "2 queries of 3 pairs (equal anchors are one query); the standard error" in heard()
     run("train", *own, *more, "--model", str(tiny_model_folder), "--output", f"{run_folder}-2", "--eval", own[1])
     assert "60 of 60 held-out pairs are training pairs as well" in caplog.text
     with pytest.raises(AnybatchError, match="already holds a run"):  # before the data are read

@@ -231,6 +231,23 @@ def test_mistakes_end_with_code_2_and_one_message(main, tiny_model_folder, pairs
 
 
 @pytest.mark.parametrize(
+    ("verb", "option", "led_to"),
+    [
+        ("train", "--lr", "(Possible options: --learning-rate)"),
+        ("mine", "--batch", "(Possible options: --batch-size)"),
+        ("evaluate", "--out", "(Possible options: --output)"),
+        ("recommend", "--epoch", "(Possible options: --epochs)"),
+        ("train", "--temperature", "(Possible options: --set loss.temperature=X)"),
+        ("doctor", "--lr", "No such option: --lr ("),  # which it has not: what looks like it
+    ],
+)
+def test_usual_names_lead_to_our_options(verb, option, led_to, main):
+    code, said = main(verb, option, 3)
+    assert (code, led_to in said) == (2, True), said
+    assert ("learning-rate" in said) == ((verb, option) == ("train", "--lr"))
+
+
+@pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (AnybatchError("Give a file."), 2, "anybatch: Give a file."),

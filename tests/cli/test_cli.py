@@ -369,12 +369,15 @@ class TestMistakes:
             "already holds a run", "mine", *settings(pairs_file, tiny_model_folder, out, "mining.method=random")
         )
         self.refuse(
-            "another configuration.*loss.temperature.*start a new run from it: --model .*/model",
+            "another configuration.*loss.temperature.*, or choose another output folder.$",  # there is no model yet
             "train",
             "--resume",
             *settings(pairs_file, tiny_model_folder, out, "mining.method=random", "loss.temperature=0.3"),
         )
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        (out / "model").mkdir()
+        further = "another configuration.*train.epochs.*start a new run from it: --model .*/model"
+        self.refuse(further, "train", "--resume", "--output", str(out), "--epochs", "7")
 
     def test_folder_with_other_things(self, pairs_file, tiny_model_folder, out):
         out.mkdir()

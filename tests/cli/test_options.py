@@ -128,10 +128,11 @@ def csv(tmp_path, monkeypatch):
     return path
 
 
-def test_a_run_from_two_names_alone(csv, tiny_model_folder, tmp_path, heard):
+def test_a_run_from_two_names_alone(csv, tiny_model_folder, tmp_path, heard, caplog):
+    caplog.set_level("INFO", logger="anybatch")
     run("train", "--data", csv.name, "--model", str(tiny_model_folder))
     folder = tmp_path / "runs" / "my-pairs"
-    assert "Everything goes into runs/my-pairs" in heard()
+    assert "Everything goes into runs/my-pairs." in caplog.text
     assert BatchPlan.load(folder / "plan.safetensors").num_rows == 250
     kept = json.loads((folder / "metrics.json").read_text())
     assert 0 < kept["metrics"]["ndcg@10"] <= 1
@@ -139,12 +140,28 @@ def test_a_run_from_two_names_alone(csv, tiny_model_folder, tmp_path, heard):
     # The next goes elsewhere, and what was held out of the first is held out again where it goes on or is looked at.
     run("mine", "--data", csv.name, "--batch-size", "32")
     assert BatchPlan.load(tmp_path / "runs" / "my-pairs-2" / "plan.safetensors").num_rows == 300
+    assert "Everything goes into runs/my-pairs-2." in heard()
     (folder / "metrics.json").unlink()
-    run("train", "--resume", "--output", str(folder))
+    for verb in ("train", "mine"):
+        with pytest.raises(AnybatchError, match=r"--resume needs --output.* here: runs/my-pairs, runs/my-pairs-2\.$"):
+            run(verb, "--resume")
+    run("train", "--resume", "--set", f"output={folder}")
     again = json.loads((folder / "metrics.json").read_text())
     assert again["metrics"] == kept["metrics"]
     run("inspect", "plan", str(folder))
     assert "Texts: " not in heard()
+
+
+def test_the_folder_is_named_once_the_data_were_found(csv, tiny_model_folder, tmp_path, heard, caplog):
+    caplog.set_level("INFO", logger="anybatch")
+    for verb in ("train", "mine"):
+        with pytest.raises(AnybatchError, match=r"There is no file trian\.csv"):
+            run(verb, "--data", "trian.csv", "--model", str(tiny_model_folder))
+    (tmp_path / "a.yaml").write_text(f"data: {{path: {csv.name}}}\n")
+    run("train", "--config", "a.yaml", "--show-config")
+    assert "goes into" not in heard() + caplog.text
+    with pytest.raises(AnybatchError, match=r"--resume needs --output FOLDER, the folder of the run to go on with\.$"):
+        run("train", "--resume", "--config", "a.yaml")
 
 
 def test_a_given_plan_says_what_is_held_out(csv, tiny_model_folder, tmp_path, caplog):

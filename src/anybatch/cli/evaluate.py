@@ -20,7 +20,7 @@ from anybatch.cli.options import (
     check_new,
     with_options,
 )
-from anybatch.cli.progress import Bars, show, show_metrics
+from anybatch.cli.progress import Bars, say, show, show_metrics
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -121,11 +121,21 @@ def command(options: EvaluateOptions) -> None:
     else:
         with Bars() as bars:
             metrics = evaluate_model(loaded, held_out, progress=bars)
-        name, by_task = Path(options.model).name or options.model, "hit@1 "
+        by_task = "hit@1 "
         tasks = {key.removeprefix(by_task): {"hit@1": hit} for key, hit in metrics.items() if key.startswith(by_task)}
-        show_metrics({**tasks, ("mean" if tasks else name): metrics})
+        say(f"On {_measured_on(options, held_out)}:")
+        show_metrics({**tasks, ("mean" if tasks else options.model): metrics})
     if options.output is not None:
         write_text(options.output, json.dumps(metrics, indent=2))
+
+
+def _measured_on(options: EvaluateOptions, held_out: HeldOut | None) -> str:
+    """The data in words, as they were named."""
+    from anybatch.data.pairs import PairData
+
+    if isinstance(held_out, PairData):
+        return f"{len(held_out):,} {'' if options.data else 'held-out '}pairs of {options.data or options.model}"
+    return options.data or f"the held-out data of {options.model}"
 
 
 def _held_out(given: EvaluateOptions) -> HeldOut | None:

@@ -27,6 +27,8 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
         if not resume:
             check_start(config, pairs, plan)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:
+            if not resume and rank() == 0:
+                say(f"Everything goes into {folder}.")
             plan = make_plan(config, pairs, bars, plan=plan)
         if rank() > 0:
             return  # one of several ranks speaks

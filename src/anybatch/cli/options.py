@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from anybatch.cli.progress import say
 from anybatch.core.errors import AnybatchError
 
 if TYPE_CHECKING:
@@ -88,7 +87,10 @@ class RunOptions:
 
         if self.recipe is not None and self.recipe not in RECIPES:
             raise AnybatchError(f"--recipe is {self.recipe!r}; expected one of: {', '.join(RECIPES)}.")
-        config = resumed(self.output) if resume and self.config is None else self.config
+        config = self.config
+        if resume and config is None:
+            named = (item.removeprefix("output=") for item in self.sets or [] if item.startswith("output="))
+            config = resumed(self.output or next(named, None))
         overrides: list[Any] = [*(self.sets or [])]
         for name, option in get_type_hints(type(self), include_extras=True).items():
             keys = [key for key in option.__metadata__ if isinstance(key, str)]
@@ -97,9 +99,10 @@ class RunOptions:
         def complete(tree: dict[str, Any]) -> dict[str, Any]:
             tree = RECIPES[self.recipe](tree) if self.recipe is not None else tree
             alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes could choose different folders
-            if "output" not in tree and tree.get("data") and alone and not resume:
+            if "output" not in tree and resume:
+                raise _no_run_named()
+            if "output" not in tree and tree.get("data") and alone:
                 tree["output"] = str(free_name(Path("runs") / _data_name(tree)))
-                say(f"Everything goes into {tree['output']} (--output names another folder).")
             return tree
 
         return load_config(RunConfig, config, overrides, complete)
@@ -163,17 +166,23 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return verb
 
 
-def resumed(output: str | None) -> Path | None:
+def resumed(output: str | None) -> Path:
     """The configuration kept in a run's folder, for `--resume` without `--config`."""
     from anybatch.run.config import read_config
 
     if output is None:
-        return None
+        raise _no_run_named()
     path = Path(output) / "config.yaml"
     if not path.exists():
         raise AnybatchError(f"{output} holds no run to resume (no config.yaml). Start it without --resume.")
     read_config(path.parent)
     return path
+
+
+def _no_run_named() -> AnybatchError:
+    begun = [path.parent for path in Path("runs").glob("*/config.yaml") if not (path.parent / "metrics.json").exists()]
+    unfinished = f" Unfinished here: {', '.join(sorted(map(str, begun)))}." if begun else ""
+    return AnybatchError(f"--resume needs --output FOLDER, the folder of the run to go on with.{unfinished}")
 
 
 def check_new(file: Path | None, option: str) -> None:

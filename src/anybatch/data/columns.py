@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from anybatch.core.errors import AnybatchError
-from anybatch.data.records import listed, no_column
+from anybatch.data.records import listed, no_column, no_header
 
 logger = logging.getLogger("anybatch")
 
@@ -35,6 +35,7 @@ PART = re.compile(r"(?P<side>.+?)((?P<image>_(image|img)s?(_paths?)?)|_text)?", 
 TEXT, IMAGES = "text", ("image", "images")  # keys of a cell that holds both
 Both = tuple[str | None, tuple[Any, ...]]  # a text and its images: paths, or places
 Cell = str | Both | list[str | Both] | None
+LEAVE_OUT = "leave the row out (train, mine, recommend: --set data.skip_bad=true)"
 FEW = 0.02  # distinct texts per row, below which a column looks like labels
 
 
@@ -97,9 +98,11 @@ def choose_columns(
             if not named and name not in sides and (any(given) or set(CONVENTIONS[0]) & set(sides)):
                 raise no_column(name, present, where)
         separator = re.search(r"[;|\t,]", present[0]) if len(present) == 1 else None
-        hint = separator and f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs"
+        hint = f".{no_header(present, where)}"
+        if separator is not None:
+            hint = f", one column with {separator[0]!r} in its name: .csv wants commas, .tsv tabs."
         raise AnybatchError(
-            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{hint or ''}. "
+            f"Cannot tell anchor and positive in {where}; it has {listed(present)}{hint} "
             "Name the columns: data.anchor (--anchor) and data.positive (--positive)."
         )
     both = [grouped[side] if isinstance(side, str) else side for side in chosen if side is not None]
@@ -169,8 +172,8 @@ def cell_of(
     remedy = ", or train without explicit negatives: data.negatives=[]" if negative else ""
     wanted = "a text or an image" if stored or any(isinstance(entry, dict) for entry in given) else "a text"
     raise AnybatchError(
-        f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}. Every row needs {wanted} there: fill it or "
-        f"leave the row out (in training: --set data.skip_bad=true){remedy}."
+        f"Row {row} of {where}: '{name}' is {bad[0] if bad else 'empty'}.",
+        f"Every row needs {wanted} there: fill it or {LEAVE_OUT}{remedy}.",
     )
 
 
@@ -228,8 +231,8 @@ class BadRows:
         named = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5:,} more" if rows[5:] else "")
         if left_out_of:
             counted = f"{len(rows):,} row{'s' if rows[1:] else ''}"
-            why = str(first).partition(" Every row needs")[0]  # what to do was done
-            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, why)
+            of_first = first.reason  # what to do was done
+            logger.warning("%s: %s left out (data.skip_bad): %s. The first: %s", left_out_of, counted, named, of_first)
             return
         if not rows[1:]:
             raise first

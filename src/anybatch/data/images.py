@@ -49,12 +49,12 @@ class EncodedImage:
         except Exception as error:  # a broken file fails in Pillow's decoders with nearly anything
             reason = "it is none that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
             raise AnybatchError(
-                f"The image in {self.where} cannot be decoded ({reason}). Replace it, or leave the row out."
+                f"The image in {self.where} cannot be decoded ({reason}).", "Replace it, or leave the row out."
             ) from error
         if image.mode in UNBOUNDED:
             raise AnybatchError(
-                f"The image in {self.where} has numbers of 32 bits as pixels, of which nothing tells what is white. "
-                "Save it with 8 or 16 bits a channel, or leave the row out."
+                f"The image in {self.where} has numbers of 32 bits as pixels, of which nothing tells what is white.",
+                "Save it with 8 or 16 bits a channel, or leave the row out.",
             )
         return image if image.mode == MODE else image.convert(MODE)
 
@@ -294,11 +294,11 @@ class ImageColumn(Rows[EncodedImage]):
                 encoded = read_part(path)
             except OSError as error:
                 raise AnybatchError(
-                    f"Cannot read the image {path} ({where}): {error.strerror or error}. Put it back, or leave the row "
-                    "out."
+                    f"Cannot read the image {path} ({where}): {error.strerror or error}.",
+                    "Put it back, or leave the row out.",
                 ) from error
         if not encoded:
-            raise AnybatchError(f"There is no image in {named}. Every row needs one: fill it or leave the row out.")
+            raise AnybatchError(f"There is no image in {named}.", "Every row needs one: fill it or leave the row out.")
         return EncodedImage(encoded=encoded, where=named)
 
 

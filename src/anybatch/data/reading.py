@@ -13,6 +13,7 @@ import numpy as np
 
 from anybatch.core.errors import AnybatchError
 from anybatch.data.columns import (
+    LEAVE_OUT,
     NEGATIVE,
     BadRows,
     Cell,
@@ -177,11 +178,19 @@ def _read_file(
     # 5. Say it, and what looks wrong.
     unused = [name for name in later if name not in chosen.names]
     said = dict.fromkeys(alone, "images") | dict.fromkeys(beside, "texts and images")
-    say_columns(where, chosen, said, unused, len(pairs), remarks)
+    say_columns(where, chosen, said, unused, len(pairs), [*remarks, *_repeats(pairs)])
     texts = {label: parts[0] for label, parts in columns.items() if parts and isinstance(parts[0], list)}
     warn_of_columns(where, labels[0], labels[1], texts)
     pool.warn_of_placeholders(pairs)
     return pairs
+
+
+def _repeats(pairs: PairData) -> list[str]:
+    """A remark on texts that repeat; for ids of images these would have to be read, which is for later."""
+    if not isinstance(pairs.anchors, list) or not isinstance(pairs.positives, list):
+        return []
+    count = len(pairs) - len(np.unique(pairs.anchor_id * len(pairs) + pairs.positive_id))
+    return [f"{count} row{'s repeat' if count > 1 else ' repeats'} another, anchor and positive"] if count else []
 
 
 def _kept(rows: Sequence[int], bad: BadRows, where: str, skip_bad: bool) -> Sequence[int]:
@@ -241,9 +250,9 @@ class ImagePool:
             if not os.path.isfile(self.root / path):  # which a text of any length and kind may be asked
                 raise AnybatchError(
                     f"'{name}' of {self.where} seems to hold paths of images, and there is no file "
-                    f"{self.root / path!s:.{LONG}} "
-                    f"(row {row + 1}). Put the files there, say which folder the paths start from: data.images "
-                    '(--images), or that these are texts: data.images=""'
+                    f"{self.root / path!s:.{LONG}} (row {row + 1}).",
+                    "Put the files there, say which folder the paths start from: data.images (--images), or that these "
+                    'are texts: data.images=""',
                 )
             self.places[path] = self.first + len(self.places)
             self.files[path] = row, name
@@ -352,8 +361,7 @@ def _side(
             side[row] = _whole(main, images, listed, found)
             if side[row] is None and kind != "negative":
                 raise AnybatchError(
-                    f"{found} are empty. Every row needs a text or an image there: fill it or leave the row "
-                    "out (in training: --set data.skip_bad=true)."
+                    f"{found} are empty.", f"Every row needs a text or an image there: fill it or {LEAVE_OUT}."
                 )
         except AnybatchError as error:
             bad.add(number, error)

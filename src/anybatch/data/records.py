@@ -13,6 +13,7 @@ import gzip
 import json
 import logging
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
@@ -35,7 +36,9 @@ Quoting = Literal["standard", "raw"]
 PEEK = 1000  # rows of a JSON file whose keys say what columns it has
 LONG = 10  # lines of one field with commas that all look like rows: more than chance
 ODD = 10  # lines to one that is no row by itself, of a file that can be read without quoting
-SHOWN = 20  # names of columns in a message
+SHOWN, LONG_NAME = 20, 40  # names of columns in a message, and letters of each
+TABLE = re.compile(r"\.[ct]sv(\.gz)?$", re.IGNORECASE)
+DATA = re.compile(r"\s*[-+]?[\d.,]+\s*|.*\S\s+\S.*|\S{40,}", re.DOTALL)  # a number, several words, or a long one
 RAW = (
     'In a quoted field a quote is written twice (""). If quotes are plain characters in this file, say so: '
     "data.quoting=raw."
@@ -60,7 +63,8 @@ def column_names(path: Path, quoting: Quoting | None = None) -> list[str]:
         names = list(dict.fromkeys(key for record in islice(_json_records(path), PEEK) for key in record))
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
-        raise AnybatchError(f"{path} has the column '{twice}' more than once. Rename or remove all but one.")
+        header = no_header(names, str(path))
+        raise AnybatchError(f"{path} has the column '{twice}' more than once. Rename or remove all but one.{header}")
     return names
 
 
@@ -81,14 +85,22 @@ def records(
 def no_column(name: str, present: Sequence[str], where: str) -> AnybatchError:
     """The message for a column that is not there, with the nearest name."""
     close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    hint = f" Did you mean '{close[0]}'?" if close else no_header(present, where)
     return AnybatchError(f"There is no column '{name}' in {where}; it has {listed(present)}.{hint}")
+
+
+def no_header(names: Sequence[str], where: str) -> str:
+    """A question for a message, where what a table has as names looks like a row of data; else nothing."""
+    if not TABLE.search(where) or not any(DATA.fullmatch(name) for name in names):
+        return ""
+    return " Has the file a header line? These look like a row of data; the names of columns go above it."
 
 
 def listed(names: Sequence[str]) -> str:
     """Names of columns for a message, the first of very many."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(repr, names[:SHOWN])) + more or "none"
+    shown = (name if len(name) <= LONG_NAME else f"{name[:LONG_NAME]}..." for name in names[:SHOWN])
+    return ", ".join(map(repr, shown)) + more or "none"
 
 
 def _kind(path: Path) -> str:
@@ -112,20 +124,37 @@ def _open(path: Path, newline: str | None = None) -> IO[str]:
 
 def _unreadable(path: Path, line: int, error: Exception) -> AnybatchError:
     """The message for bytes that are no text, and for a gzip file cut short."""
+    packed = path.suffix == ".gz"
     if not isinstance(error, UnicodeDecodeError):
-        whole = " in a whole gzip file" if path.suffix == ".gz" else ""
-        return AnybatchError(f"Cannot read {path} after line {line}: {error}. Expected UTF-8 text{whole}.")
+        after, whole = f" after line {line}" if line else "", " in a whole gzip file" if packed else ""
+        return AnybatchError(f"Cannot read {path}{after}: {error}. Expected UTF-8 text{whole}.")
     with path.open("rb") as file:
         head = file.read(4)
-    if (head[:2] == b"\x1f\x8b" and path.suffix != ".gz") or head == b"PAR1":
+    if (head[:2] == b"\x1f\x8b" and not packed) or head == b"PAR1":
         kind = "Parquet: name it .parquet" if head == b"PAR1" else "packed with gzip: add .gz to its name"
         return AnybatchError(f"Cannot read {path}: it is {kind}.")
-    wide = head[:2] in (b"\xff\xfe", b"\xfe\xff")
+    # A file is decoded in blocks: where in it the byte is, only its lines say.
+    opener: Any = gzip.open if packed else open
+    with opener(path, "rb") as file:
+        bad = next((number for number, text in enumerate(file, start=1) if not _is_utf8(text)), line + 1)
+        file.seek(0)
+        wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    kind, name = ("UTF-16", "UTF-16") if wide else ("WINDOWS-1252", "Latin-1 or Windows-1252")
+    anew = path.with_name(f"utf8-{path.name.removesuffix('.gz')}")
+    source, target = shlex.quote(str(path)), shlex.quote(str(anew))
+    command = f"gzip -dc {source} | iconv -f {kind} -t UTF-8" if packed else f"iconv -f {kind} -t UTF-8 {source}"
     return AnybatchError(
-        f"Cannot read {path} after line {line}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}"
-        f"), but perhaps {'UTF-16' if wide else 'Latin-1 or Windows-1252'}. Save it as UTF-8, such as with: "
-        f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8"
+        f"Cannot read line {bad} of {path}: it is not UTF-8 ({error.reason}: byte 0x{error.object[error.start]:02x}), "
+        f"but perhaps {name}. Save the file as UTF-8, such as with: {command} > {target}"
     )
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -98,14 +98,15 @@ def pair_metrics(
 ) -> dict[str, float]:
     """Figures of embeddings (n, D) on pairs: each distinct anchor must find its positives among all distinct positives.
 
-    Ids are equal for identical texts. Repeated anchors have several relevant documents.
+    Ids are equal for identical texts. Repeated anchors are one query with several relevant documents; beside
+    `num_queries` stands `num_pairs`.
     """
     _, queries = np.unique(anchor_id, return_index=True)
     _, documents = np.unique(positive_id, return_index=True)
     relevance: dict[str, dict[str, int]] = {}
     for anchor, positive in zip(anchor_id, positive_id, strict=True):
         relevance.setdefault(str(anchor), {})[str(positive)] = 1
-    return retrieval_metrics(
+    figures = retrieval_metrics(
         anchors[queries],
         positives[documents],
         relevance,
@@ -113,6 +114,7 @@ def pair_metrics(
         corpus_ids=[str(number) for number in positive_id[documents]],
         ks=ks,
     )
+    return {**figures, "num_pairs": float(len(anchor_id))}
 
 
 def _figures(gains: np.ndarray, relevant: np.ndarray, ks: Sequence[int]) -> np.ndarray:

@@ -35,7 +35,7 @@ from anybatch.mining.audit import advice
 from anybatch.mining.inspection import inspect_plan
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import RunConfig, resolved
-from anybatch.run.read_data import hold_out, mining_sets, read_data
+from anybatch.run.read_data import check_one_batch, hold_out, mining_sets, read_data
 from anybatch.run.recipe import Choice, recipe, with_batches
 from anybatch.run.try_step import inputs_of
 
@@ -88,6 +88,7 @@ def recommend(
     pairs = read_data(config.data)
     if not keep_batch_size:
         config = replace(config, batch_size=_first_size(len(pairs)))
+    check_one_batch(config, pairs)
     pairs, held_out = hold_out(config, pairs, None)
     student = load_model(config.model)
     begun = time.perf_counter()
@@ -168,7 +169,7 @@ def _first_size(num_rows: int) -> int:
     if num_rows < BATCHES * SMALLEST:
         raise AnybatchError(
             f"The data have {num_rows} rows; a recommendation needs at least {BATCHES * SMALLEST}. Give more of them, "
-            "or a batch size with --batch-size."
+            f"or a batch size of at most {num_rows} with --batch-size."
         )
     return min(SIZES[0], 2 ** int(math.log2(num_rows // BATCHES)))
 

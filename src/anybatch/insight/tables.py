@@ -61,7 +61,9 @@ def what_is_open(results: Mapping[str, Mapping[str, float]]) -> str:
         return ""
     (size,) = sizes
     error = math.sqrt(max(mean * (1 - mean) for mean in means) / size)  # of what lies in [0, 1] the variance is less
-    return f"{size:,.0f} queries; the standard error of a figure is at most {error:.3f}."
+    pairs = {metrics.get("num_pairs", size) for metrics in results.values()} - {size}
+    of_pairs = f" of {max(pairs):,.0f} pairs (equal anchors are one query)" if pairs else ""
+    return f"{size:,.0f} queries{of_pairs}; the standard error of a figure is at most {error:.3f}."
 
 
 def rich_table(

@@ -95,7 +95,7 @@ class DataConfig(Configuration):
         super().__post_init__()
         if (self.path is None) == (not self.sets):
             given = "both" if self.sets else "neither"
-            raise AnybatchError(f"The training data need data.path or data.sets; {given} was given.")
+            raise AnybatchError(f"The training data need data.path (--data) or data.sets; {given} was given.")
         of_pairs = [name for name in ("sets", "positive", "negatives", "images", "quoting") if getattr(self, name)]
         if self.views is not None and of_pairs:
             raise AnybatchError(

@@ -92,10 +92,13 @@ def _begin(folder: Path, config: RunConfig, resume: bool) -> None:
             if not line.startswith("output:")
         ]
         if changed:
+            model = folder / "model"
+            further = (
+                f" To train the model further, start a new run from it: --model {model}." if model.exists() else ""
+            )
             raise AnybatchError(
                 f"{folder} holds a run of another configuration; it differs in {'; '.join(changed)}. Resume with the "
-                f"configuration in {written}, or choose another output folder. To train the model further, start a new "
-                f"run from it: --model {folder / 'model'}."
+                f"configuration in {written}, or choose another output folder.{further}"
             )
         return
     write_sealed(written, f"{to_yaml(resolved(config))}# {SEAL}\n".encode())

@@ -76,6 +76,8 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         with open_run(config, resume=resume) as folder:
             if (folder / "metrics.json").exists():
                 return read_result(folder)
+            if not resume:
+                logger.info("Everything goes into %s.", folder)
 
             # 4. Choose the batches.
             plan = make_plan(config, pairs, progress, plan=plan)

@@ -42,12 +42,17 @@ def read_training_pairs(config: RunConfig) -> PairData:
                     f"{section}.{side}_prompt is set, and the {side}s are images. Prompts are put before texts: "
                     f"leave it out; an instruction of the data set, data.sets[].{side}_prompt, stands beside images."
                 )
+    check_one_batch(config, pairs)
+    return pairs
+
+
+def check_one_batch(config: RunConfig, pairs: PairData) -> None:
+    """Refuse pairs that are fewer than one batch."""
     if len(pairs) < config.batch_size:
         raise AnybatchError(
             f"{pairs.source or config.data.path} has {len(pairs)} rows, fewer than one batch of {config.batch_size}. "
-            f"Set batch_size to {len(pairs)} or less."
+            f"Set batch_size (--batch-size) to {len(pairs)} or less."
         )
-    return pairs
 
 
 def read_data(data: DataConfig) -> PairData:

@@ -45,7 +45,9 @@ class Recorder(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the log, with the lines of the checkpoint where a run goes on."""
         kept = state.stateful_callbacks["Recorder"]["attributes"] if state.global_step else {"lines": []}
-        if state.global_step and self.trainer is not None:  # the next line is a mean over steps of both sessions
+        if state.global_step and hasattr(
+            self.trainer, "_tr_loss"
+        ):  # the next line is a mean over both sessions
             self.trainer._tr_loss += kept["loss"]
             self.trainer._total_loss_scalar -= kept["loss"]  # the sum of this session
             self.trainer._globalstep_last_logged = kept["logged"]
