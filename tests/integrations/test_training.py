@@ -100,7 +100,10 @@ class Interrupt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("settings", [{"logging_steps": 4}, {"load_best_model_at_end": True, "save_total_limit": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"logging_steps": 4}, {"logging_strategy": "epoch"}, {"load_best_model_at_end": True, "save_total_limit": 1}],
+)
 def test_a_run_that_was_stopped_has_the_log_of_one_that_was_not(settings, request, tiny_model_folder, tmp_path):
     """A line is a mean over steps before the stop too; the end of the Trainer deletes no checkpoint of the stop."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

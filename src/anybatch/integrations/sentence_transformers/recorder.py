@@ -71,7 +71,9 @@ class Recorder(TrainerCallback, ExportableState):
         """Report progress; a short run leaves a line as well."""
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps, self.latest)
-        control.should_log |= state.global_step >= state.max_steps
+        # The line of an epoch is written here, before a checkpoint of its last step, which else would lack it.
+        ended = args.logging_strategy == "epoch" and float(state.epoch).is_integer()
+        control.should_log |= ended or state.global_step >= state.max_steps
 
 
 class StopAfterStep(TrainerCallback):
