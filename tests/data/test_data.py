@@ -299,7 +299,7 @@ def test_bad_rows_are_left_out_where_asked(tmp_path, caplog):
         read_pairs(mixed)
     left, whole = read_pairs(mixed, skip_bad=True), read_pairs(good)
     assert "mixed.jsonl: 3 rows left out (data.skip_bad): 1, 6, 12. The first: Row 1 of" in caplog.text
-    assert caplog.messages[0].endswith("'query' is empty.")  # what to do was done
+    assert any(said.endswith("'query' is empty.") for said in caplog.messages)  # what to do was done
     assert (left.anchors, left.positives, left.digest) == (whole.anchors, whole.positives, whole.digest)
     assert left.negative_id.tolist() == whole.negative_id.tolist()
     mixed.write_text("".join(json.dumps(row) + "\n" for row in bad))
@@ -317,7 +317,7 @@ def test_bad_rows_with_images_are_left_out_by_their_numbers_in_the_file(tmp_path
     assert (left.anchors, len(left.positives)) == (["t1", "t3"], 2)
     assert "1 row left out (data.skip_bad): 1. The first: Row 1" in caplog.text
     assert "2 rows left out (data.skip_bad): 3, 5. The first: 'pos' of" in caplog.text
-    assert caplog.messages[-1].endswith("gone.png (row 3).")
+    assert any(said.endswith("gone.png (row 3).") for said in caplog.messages)
     assert len(left.digest) == 32  # which reads the images
 
 
