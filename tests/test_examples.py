@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SLOW = ("sentence_transformers_all.py", "two_towers_sogclr.py")
+SLOW = ("mmeb_b3.py", "sentence_transformers_all.py", "two_towers_sogclr.py")
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,7 @@ def test_a_signal_while_importing(seconds):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("streams", "code"), [(">&-", 0), ("<&- >&- 2>&-", 0), ("2>/dev/full", 2), (">/dev/full", 2), ("2>&1 | true", None)]
 )

@@ -29,6 +29,7 @@ def small(monkeypatch, tiny_model_folder):
     )
 
 
+@pytest.mark.slow
 def test_the_demo(small, tmp_path, capfd):
     folder = tmp_path / "demo"
     demo.command(output=folder)

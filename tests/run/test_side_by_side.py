@@ -29,6 +29,7 @@ def runs(tmp_path, tiny_model_folder):
     return {"first": first, "second": replace(first, output=str(tmp_path / "second"), batch_size=32)}
 
 
+@pytest.mark.slow
 def test_results_are_those_of_single_runs(runs, tmp_path):
     told = []
     results = train_all(runs, stage="runs", progress=lambda *news: told.append(news), new_processes=True)
