@@ -193,8 +193,10 @@ class StepMemory:
 
     def record_out_of_memory(self, tokens: int, *, by_rows: bool) -> None:
         """Memory ran out; `tokens` padded tokens are tried next (rows, of inputs without lengths)."""
-        name = "learned_samples" if by_rows else "learned"
-        setattr(self, name, _least(tokens, getattr(self, name)))
+        if by_rows:
+            self.learned_samples = _least(tokens, self.learned_samples)
+        else:
+            self.learned = _least(tokens, self.learned)
 
     def _probed(self, tower: Tower, num_rows: int) -> int:
         """Padded tokens of a mini-batch; rows, where there are no lengths."""

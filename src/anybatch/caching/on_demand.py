@@ -128,6 +128,8 @@ class RowsOnDemand(Rows):
 
 def _on(device: torch.device | None, value: Any) -> Any:
     """The tensors of a mapping on a device."""
-    if isinstance(value, Mapping) and device is not None:
+    if device is None:
+        return value
+    if isinstance(value, Mapping):
         return {key: _on(device, item) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) and device is not None else value
+    return value.to(device) if isinstance(value, Tensor) else value
