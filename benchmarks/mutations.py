@@ -97,7 +97,7 @@ MUTATIONS = [
         "losses/test_joint.py",
         ("same_side & (queries", "~same_side & (queries"),
         ("of_texts.isneginf() | of_anchors.isneginf()", "of_texts.isneginf()"),
-        ("math.log(counts[0] / counts[1]) if", "0.0 if"),
+        ("ratio.log() if", "0.0 if"),
         ("num_positives=2 if", "num_positives=1 if"),
         ("2 * weight.repeat(2)", "weight.repeat(2)"),
     ),
