@@ -146,6 +146,13 @@ def test_windows_of_labels_are_over_labels(neighbors):
         count = (beside & wanted & (ranks[:, y] < take)).sum() / len(y)
         if neighbors == "exact":
             assert audit_of(result, positive_id=y).window_per_anchor == pytest.approx(count, rel=1e-3)
+    # Hard negatives are drawn from fewer labels; what is suspected stays.
+    config = MiningConfig(method="published", margin=0.3)
+    suspects = [
+        mine_plan(anchors, positives, config=replace(config, num_negatives=number), positive_id=y).plan.suspects
+        for number in (0, 1)
+    ]
+    np.testing.assert_array_equal(*suspects)
     small = mine_plan(anchors, positives, config=MiningConfig(), positive_id=y).plan
     assert small.cluster_size == 4
     assert hardest_beside(small.cluster, y, ranks) > 2.5

@@ -327,12 +327,13 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     negatives = None
     if config.num_negatives:
         with _stage("hard negatives", one.progress):
-            published = config.method == "published"
+            published, source = config.method == "published", graph
             if published and one.labels:
                 few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
-                graph = build_graph(neighbors, few, text=one.text)
-            power = 1 if published else 2
-            negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
+                source = build_graph(neighbors, few, text=one.text)
+            negatives = sample_negatives(
+                source, cluster, config.num_negatives, power=1 if published else 2, seed=config.seed, **one.ids
+            )
     return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 
