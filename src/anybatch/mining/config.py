@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
@@ -15,7 +16,7 @@ MOST = 32  # rows of a cluster: published
 MARGIN = 0.95  # of the own positive's score, from which a pair is suspected: NV-Retriever's
 CONFLICT_WEIGHT = 30.0
 LABEL_ROWS = 5  # rows of a positive, in the mean, from which positives are labels
-LABEL_SHARE = 0.3  # of the wrong labels, the hardest, are an anchor's window: published
+LABEL_PERCENT = 30  # of all labels, the hardest wrong ones are an anchor's window: published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,13 @@ def auto_window(method: str, cluster_size: int, num_rows: int, num_texts: int) -
 
         anybatch    p = 5     m = 2 K, at least 32        p at most: see `Window.to_conflicts`
         published   p = 30    m = 100
-        labels      p = 0, m = 30% of the wrong labels (published); p = 5, m = a tenth, at least 10 (anybatch)
+        labels      p = 0, m = 30% of the labels (published); p = 5, m = a tenth, at least 10 (anybatch)
 
     Measured on 4,096 titles and abstracts, batches of 64: with clusters of 4 windows of 8 to 64 ranks are alike.
     """
     labels = label_like(num_rows, num_texts)
     if method == "published":
-        return (0, max(1, round(LABEL_SHARE * (num_texts - 1)))) if labels else (30, 100)
+        return (0, math.ceil(LABEL_PERCENT * num_texts / 100)) if labels else (30, 100)
     take = max(32, 2 * cluster_size)
     return min(5, num_texts // 10), max(1, min(take, max(10, num_texts // 10) if labels else take, num_texts // 2))
 
