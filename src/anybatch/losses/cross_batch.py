@@ -38,8 +38,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     remembered relative to the mean of its batch and used relative to the mean of this one: unit(x~ - mean(its batch) +
     mean(this batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
 
-    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
-    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
+    When: models that are no transformers, in batches of up to 256: recommended. When not: steps that move embeddings
+    far (pretrained layers, batches of 1,024 from scratch), or batches of an eighth of the data. Evidence:
+    docs/recipe.md; each part alone: docs/log.md.
 
     Args:
         num_rows: n, rows of the data set.

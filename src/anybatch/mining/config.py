@@ -27,11 +27,11 @@ class MiningConfig(Configuration):
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random"
-            without a teacher, or where a figure of the mined plan is not good (docs/recipe.md).
+            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random" without a teacher,
+            with images, or where a figure of the mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
-        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": so many that a batch has 16
-            clusters or more, 2 to 32; 32 for "published".
+        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": the largest divisor of
+            the batch up to a sixteenth of it, 2 to 32; 32 for "published".
         window: Ranks of distinct positives, [p, m]: the first p are suspected false negatives, the m after them are
             wanted. "auto": see `auto_window`; as published for "published".
         margin: Also suspected: what scores above this share of the own positive, both counted from the mean score.
