@@ -169,7 +169,7 @@ MUTATIONS = [
         ("return gradient / temperature", "return gradient"),
         ("min(1.0, num_rows / self.mean_rows) * (mean - before)", "(mean - before)"),
         ('(queue.rows >= 0) & ~torch.isin(queue.rows, pairs["row"])', "queue.rows >= 0"),
-        ("one.objective + similarity / side.temperature", "one.objective - similarity / side.temperature"),
+        ("one.objective + (1 +", "one.objective - (1 +"),
     ),
     *of(
         "losses/cross_batch.py",
