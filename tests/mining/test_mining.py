@@ -31,6 +31,7 @@ from anybatch.mining import (
     suspect_pairs,
 )
 from anybatch.mining.inputs import first_rows
+from anybatch.mining.recipes import saha_clusters
 from anybatch.plans.plan import BatchPlan
 from anybatch.run.config import DataConfig, SetConfig
 from anybatch.run.read_data import read_data
@@ -195,6 +196,8 @@ def test_cluster_sizes_follow_the_batch(batch_size, size, published):
         ("published", 5_000, 101, Window(0, 31)),
         ("published", 5_000, 1_000, Window(0, 300)),
         ("published", 50, 2, Window(0, 1)),
+        ("saha", 10_000, 9_000, Window(0, 84)),
+        ("saha", 50, 50, Window(0, 25)),
     ],
 )
 def test_windows_follow_the_data(method, num_rows, num_texts, expected):
@@ -500,12 +503,52 @@ def test_mistakes():
     for window in ((3, 0), (3,), (-1, 5), "wide"):
         with pytest.raises(AnybatchError, match=r"mining\.window"):
             MiningConfig(window=window)
-    for method in ("published", "kmeans", "bandwidth", "loss_ordered", "random"):
+    for method in ("published", "saha", "kmeans", "bandwidth", "loss_ordered", "random"):
         with pytest.raises(AnybatchError, match=r"conflict_weight is 5\.0, and mining\.method .* has no conflict term"):
             MiningConfig(method=method, conflict_weight=5)
 
 
-@pytest.mark.parametrize("method", ["kmeans", "bandwidth", "loss_ordered"])
+def couple(anchors, text, ranks, size, *, farthest):
+    """SaHa's released loop, `couple_samples`, over sets of free rows: clusters of one row and those beside it."""
+    owners, used, found = {item: {row for row in range(len(text)) if text[row] == item} for item in text}, set(), []
+    for row in range(len(text)):
+        if row in used:
+            continue
+        beside = []
+        for item in ranks[row]:
+            rows = sorted(owners[item] - used - {row})
+            if rows:
+                beside.append(max(rows, key=lambda other: anchors[row] @ anchors[other]))
+            if len(beside) >= 6 * (size - 1):
+                break
+        if farthest:
+            beside.sort(key=lambda other: anchors[row] @ anchors[other])
+        if len(beside) >= size - 1:
+            found.append({row, *beside[: size - 1]})
+            used |= found[-1]
+    return found
+
+
+@pytest.mark.parametrize("farthest", [True, False])
+def test_saha_is_the_released_loop(farthest):
+    anchors, positives = embeddings(240, width=16)
+    text = first_rows(np.random.default_rng(1).integers(200, size=240))
+    same = {"anchor_id": np.arange(240), "positive_id": text}
+    found = exact_neighbors(anchors, positives, 84, columns=np.unique(text), **same)
+    cluster = saha_clusters(anchors, found, text, 8, farthest=farthest)
+    expected = couple(anchors, text, [[item for item in line if item >= 0] for line in found.ids], 8, farthest=farthest)
+    assert len(expected) > 15
+    for number, rows in enumerate(expected):
+        assert set(np.flatnonzero(cluster == number)) >= rows
+        assert number == len(expected) - 1 or np.count_nonzero(cluster == number) == 8
+    assert cluster.min() >= 0
+    assert cluster.max() == 29
+    config = MiningConfig(method="saha", batch_size=16)
+    plan = mine_plan(anchors, positives, config=config).plan
+    assert (plan.cluster_size, plan.meta["windows"], len(plan.suspects)) == (8, {"": [0, 84]}, 0)
+
+
+@pytest.mark.parametrize("method", ["saha", "kmeans", "bandwidth", "loss_ordered"])
 def test_neighbouring_recipes_make_equal_clusters_over_the_same_parts(method):
     generator = np.random.default_rng(0)
     anchors = generator.standard_normal((203, 16)).astype(np.float32)

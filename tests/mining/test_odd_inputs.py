@@ -120,7 +120,7 @@ def cases() -> dict[str, dict[str, Callable[[], object]]]:
                 value, value, config=replace(CONFIG, method=method)
             )
             for name, value in ODD_EMBEDDINGS.items()
-            for method in ("anybatch", "published", "kmeans", "bandwidth", "loss_ordered", "random")
+            for method in ("anybatch", "published", "saha", "kmeans", "bandwidth", "loss_ordered", "random")
         },
         "mine_plan, one side": {
             name: lambda value=value: mine_plan(X, value, config=CONFIG) for name, value in ODD_EMBEDDINGS.items()

@@ -10,9 +10,11 @@ from anybatch.core.configuration import Configuration, Count, CountOrZero, NotNe
 from anybatch.core.errors import AnybatchError
 from anybatch.core.files import check_name
 from anybatch.mining.graph import Window
+from anybatch.mining.recipes import SAHA_POOL
 
 RankWindow = Literal["auto"] | tuple[CountOrZero, CountOrZero]
-MOST = 32  # rows of a cluster: published
+MOST = 32  # rows of a cluster
+PUBLISHED = {"published": 32, "saha": 8}  # methods whose "auto" is their paper's, and the rows of their clusters
 MARGIN = 0.95  # of the own positive's score, from which a pair is suspected: NV-Retriever's
 CONFLICT_WEIGHT = 30.0
 LABEL_ROWS = 5  # rows of a positive, in the mean, from which positives are labels
@@ -26,16 +28,17 @@ class MiningConfig(Configuration):
     Attributes:
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
-            sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random" without a teacher,
-            with images, or where a figure of the mined plan is not good (docs/recipe.md).
+            sizes, which plans need), "saha" (SaHa: texts of the first ranks whose anchors are far), "random"; to
+            compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS), "loss_ordered" (OSGD under the
+            teacher). "auto": "anybatch"; in a run "random" without a teacher, with images, or where a figure of the
+            mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
-        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": the largest divisor of
-            the batch up to a sixteenth of it, 2 to 32; 32 for "published".
+        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": the largest divisor of the batch up
+            to a sixteenth of it, 2 to 32; 32 for "published", 8 for "saha".
         window: Ranks of distinct positives, [p, m]: the first p are suspected false negatives, the m after them are
-            wanted. "auto": see `auto_window`; as published for "published".
+            wanted. "auto": see `auto_window`; for "published" and "saha" their papers'.
         margin: Also suspected: what scores above this share of the own positive, both counted from the mean score.
-            "auto": 0.95, for "published" none; None for ranks alone.
+            "auto": 0.95, for "published" and "saha" none; None for ranks alone.
         conflict_weight: What a suspected false negative in the cluster costs, in wanted edges; of method "anybatch"
             alone. "auto": 30.
         neighbors: "exact", "ivf", or "auto" by the number of rows.
@@ -48,7 +51,7 @@ class MiningConfig(Configuration):
         16
     """
 
-    method: Literal["auto", "anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "auto"
+    method: Literal["auto", "anybatch", "published", "random", "saha", "kmeans", "bandwidth", "loss_ordered"] = "auto"
     batch_size: Count = 64
     cluster_size: Literal["auto"] | Annotated[int, Range(2)] = "auto"
     window: RankWindow = "auto"
@@ -77,7 +80,7 @@ class MiningConfig(Configuration):
 
     def settled(self) -> SettledConfig:
         """The same with numbers for "auto", but for the window, which depends on the data (`window_for`)."""
-        published = self.method == "published"
+        published = self.method in PUBLISHED
         numbers = {
             "method": "anybatch",
             "cluster_size": MOST,
@@ -85,7 +88,9 @@ class MiningConfig(Configuration):
             "conflict_weight": CONFLICT_WEIGHT if self.method in ("auto", "anybatch") else 0.0,
         }
         if self.cluster_size == "auto" and self.method != "random":
-            numbers["cluster_size"] = auto_cluster_size(self.batch_size, MOST if published else self.batch_size // 16)
+            numbers["cluster_size"] = auto_cluster_size(
+                self.batch_size, PUBLISHED.get(self.method, self.batch_size // 16)
+            )
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         return SettledConfig(**given | {name: value for name, value in numbers.items() if given[name] == "auto"})
 
@@ -94,7 +99,7 @@ class MiningConfig(Configuration):
 class SettledConfig(MiningConfig):
     """A `MiningConfig` without "auto", but for the window."""
 
-    method: Literal["anybatch", "published", "random", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
+    method: Literal["anybatch", "published", "random", "saha", "kmeans", "bandwidth", "loss_ordered"] = "anybatch"
     cluster_size: Annotated[int, Range(2)] = MOST
     margin: NotNegative | None = MARGIN
     conflict_weight: Annotated[float, Range(0, 1e6)] = CONFLICT_WEIGHT
@@ -132,11 +137,14 @@ def auto_window(method: str, cluster_size: int, num_rows: int, num_texts: int) -
 
         anybatch    p = 5     m = 2 K, at least 32        p at most: see `Window.to_conflicts`
         published   p = 30    m = 100
+        saha        p = 0     m = 12 (K - 1)
         labels      p = 0, m = 30% of the labels (published); p = 5, m = a tenth, at least 10 (anybatch)
 
     Measured on 4,096 titles and abstracts, batches of 64: with clusters of 4 windows of 8 to 64 ranks are alike.
     """
     labels = label_like(num_rows, num_texts)
+    if method == "saha":
+        return 0, max(1, min(2 * SAHA_POOL * (cluster_size - 1), num_texts // 2))
     if method == "published":
         return (0, math.ceil(LABEL_PERCENT * num_texts / 100)) if labels else (30, 100)
     take = max(32, 2 * cluster_size)

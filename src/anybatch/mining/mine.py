@@ -16,7 +16,7 @@ from anybatch.core.blocks import release_pages
 from anybatch.core.distributed import alone
 from anybatch.core.errors import AnybatchError
 from anybatch.mining.audit import advice
-from anybatch.mining.config import MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
+from anybatch.mining.config import PUBLISHED, MiningConfig, MiningReport, MiningSet, SettledConfig, label_like
 from anybatch.mining.graph import MiningGraph, Window, build_graph, suspect_pairs
 from anybatch.mining.inputs import check_embeddings, compact_ids, first_rows
 from anybatch.mining.inspection import inspect_plan
@@ -24,7 +24,7 @@ from anybatch.mining.inverted import ivf_neighbors
 from anybatch.mining.negatives import sample_negatives
 from anybatch.mining.neighbors import Neighbors, exact_neighbors
 from anybatch.mining.partition import SWEEPS, equal_clusters, metis_clusters
-from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters
+from anybatch.mining.recipes import bandwidth_clusters, kmeans_clusters, loss_ordered_clusters, saha_clusters
 from anybatch.plans.plan import BatchPlan, check_batch
 from anybatch.plans.sampling import ClusterSampling
 
@@ -299,7 +299,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     # 1. Rank: for each anchor the teacher's best positives.
     neighbors = _rank(one, config, device)
     report.recall = neighbors.recall
-    if one.auto and config.method != "published":
+    if one.auto and config.method not in PUBLISHED:
         one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
@@ -354,6 +354,8 @@ def _begin(one: _Set, config: SettledConfig, graph: MiningGraph, neighbors: Neig
     num_clusters = len(one.anchors) // config.cluster_size
     if config.method == "kmeans":
         return kmeans_clusters(one.anchors, one.positives, num_clusters, seed=config.seed)
+    if config.method == "saha":
+        return saha_clusters(one.anchors, neighbors, one.text, config.cluster_size, farthest=not one.labels)
     if config.method == "bandwidth":
         return bandwidth_clusters(graph.weight, num_clusters)
     if config.method == "loss_ordered":
