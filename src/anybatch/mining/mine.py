@@ -29,7 +29,6 @@ from anybatch.plans.plan import BatchPlan, check_batch
 from anybatch.plans.sampling import ClusterSampling
 
 Progress = Callable[[str, float], None]
-HARDEST_LABELS = 10  # of which hard negatives are drawn: published
 EXACT_ROWS = 200_000  # up to here exact neighbours take minutes on two cores
 
 
@@ -330,7 +329,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
             published, source = config.method == "published", graph
             of_labels = published and one.auto and one.labels
             if of_labels:
-                few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
+                few = replace(one.window, take=min(2 * config.num_negatives, one.window.take))
                 source = build_graph(neighbors, few, text=one.text)
             power = penalty = 1 if published else 2
             how: dict[str, Any] = {"power": power, "penalty": penalty, "own_texts": of_labels, **one.ids}
