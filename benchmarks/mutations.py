@@ -97,7 +97,7 @@ MUTATIONS = [
         "losses/test_joint.py",
         ("same_side & (queries", "~same_side & (queries"),
         ("of_texts.isneginf() | of_anchors.isneginf()", "of_texts.isneginf()"),
-        ("math.log(counts[0] / counts[1]) if", "0.0 if"),
+        ("ratio.log() if", "0.0 if"),
         ("num_positives=2 if", "num_positives=1 if"),
         ("2 * weight.repeat(2)", "weight.repeat(2)"),
     ),
@@ -169,7 +169,7 @@ MUTATIONS = [
         ("return gradient / temperature", "return gradient"),
         ("min(1.0, num_rows / self.mean_rows) * (mean - before)", "(mean - before)"),
         ('(queue.rows >= 0) & ~torch.isin(queue.rows, pairs["row"])', "queue.rows >= 0"),
-        ("one.objective + similarity / side.temperature", "one.objective - similarity / side.temperature"),
+        ("one.objective + (1 +", "one.objective - (1 +"),
     ),
     *of(
         "losses/cross_batch.py",

@@ -44,3 +44,6 @@ def test_the_direction_is_the_runs(mined, heard):  # noqa: F811
     (mined / "config.yaml").write_text(changed, encoding="utf-8")
     run("inspect", "gradient", str(mined))
     assert "over all data, both directions" in heard()
+    (mined / "config.yaml").write_text(config.replace("hardness: 0.0", "hardness: 1.0"), encoding="utf-8")
+    run("inspect", "gradient", str(mined))
+    assert "Not taken into account: loss.hardness" in heard()

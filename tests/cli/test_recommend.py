@@ -219,6 +219,8 @@ def test_refusals(pairs_file, tiny_model_folder, tmp_path):
     given = ("--data", str(pairs_file), "--model", str(tiny_model_folder))
     with pytest.raises(AnybatchError, match="anybatch inspect plan"):
         run("recommend", *given, "--plan", "plan.safetensors")
+    with pytest.raises(AnybatchError, match=r"mining.method is 'kmeans', which needs a teacher"):
+        run("recommend", *given, "--set", "mining.method=kmeans", "--seconds", "1")
     with pytest.raises(AnybatchError, match=r"at least 32.*a batch size of at most 20 with --batch-size"):
         run("recommend", *given, "--limit", "20")
     with pytest.raises(AnybatchError, match=r"20 rows, fewer than one batch of 1024.*--batch-size. to 20 or less"):

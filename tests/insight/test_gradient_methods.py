@@ -4,7 +4,14 @@ from dataclasses import replace
 
 from anybatch import BatchPlan
 from anybatch.insight.gradient_error import FrozenPairs
-from anybatch.insight.gradient_methods import bias_sentence, compare_methods, gradient_figures
+from anybatch.insight.gradient_methods import (
+    beside_plain,
+    bias_sentence,
+    comparable,
+    compare_methods,
+    frozen_pairs,
+    gradient_figures,
+)
 from anybatch.losses.registry import LossConfig
 
 from .test_gradient_error import clusters, embeddings
@@ -52,6 +59,7 @@ def test_words():
         (replace(better, epoch_error=0.1, cosine=0.98, cosine_se=0.01), ["good", "good"]),
         (replace(better, epoch_error=0.21, cosine=0.8, cosine_se=0.01), ["within noise", "not good"]),
         (replace(better, epoch_error=0.4, cosine=float("nan")), ["not good", "within noise"]),
+        (replace(better, epoch_error=0.4, cosine=0.9, cosine_se=0.05), ["not good", "within noise"]),
     ):
         assert [figure.verdict for figure in gradient_figures("ours", error, "InfoNCE", better)] == verdicts
 
@@ -60,3 +68,15 @@ def test_both_directions():
     pairs = FrozenPairs.prepare(*embeddings(160), temperature=0.2, direction="both")
     result = compare_methods(pairs, clusters(160, 8, 16), methods=[LossConfig(name="infonce")], num_batches=20)
     assert len(result.errors) == 2
+
+
+def test_all_rows_as_one_batch_have_no_error_with_a_margin_and_without_other_objectives():
+    plan, loss = BatchPlan.random(60, 60), LossConfig(name="count_corrected", mask_margin=0.05, hardness=1.0)
+    pairs = frozen_pairs(embeddings(60), None, plan, loss, temperature=0.2)
+    compared = compare_methods(pairs, plan, methods=beside_plain(loss, plan), num_batches=2)
+    assert compared.order == ("infonce, mask_margin=0.05", "count_corrected, mask_margin=0.05")
+    assert max(error.epoch_error for error in compared.errors.values()) < 1e-3
+    without = frozen_pairs(embeddings(60), None, plan, LossConfig(name="infonce"), temperature=0.2)
+    assert not pairs.full.allclose(without.full, rtol=0.01)
+    assert comparable(loss)[1] == ["loss.hardness: the gradient over all data is that of plain InfoNCE."]
+    assert comparable(LossConfig(name="siglip")) == (LossConfig(name="siglip"), [])

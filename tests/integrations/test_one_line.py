@@ -318,12 +318,14 @@ def test_the_guests_arguments_by_place(tiny_model_folder, tmp_path):
 
 def test_the_recommended_loss_is_said_to_whoever_set_no_level_of_logging(tiny_model_folder, tmp_path, caplog):
     Trainer(load(tiny_model_folder), arguments(tmp_path), dataset())
-    Trainer(load(tiny_model_folder), arguments(tmp_path, max_steps=3), dataset().to_iterable_dataset())
+    stream = dataset().add_column("label", range(ROWS)).to_iterable_dataset()  # which numbers its rows
+    Trainer(load(tiny_model_folder), arguments(tmp_path, max_steps=3), stream)
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert [record.getMessage().split(",")[0] for record in said] == [
         "Recommended: count_corrected",
         "Recommended: InfoNCE",
     ]
+    assert "how many rows a stream has is not known" in said[1].getMessage()
 
 
 def test_a_function_that_makes_the_loss(tiny_model_folder, tmp_path):

@@ -82,9 +82,9 @@ class Twin:
     batch.
     """
 
-    def __init__(self, world, *, centred=True, both=False, size=SIZE, margin=math.inf):
+    def __init__(self, world, *, centred=True, both=False, size=SIZE, margin=math.inf, hardness=0.0):
         self.world, self.centred, self.both, self.size = world, centred, both, size
-        self.margin = margin
+        self.margin, self.hardness = margin, hardness
         self.pairs, self.means = [], None
 
     def _shift(self, k):
@@ -113,19 +113,22 @@ class Twin:
                 if weight > -math.inf and queries[i] @ vector <= positive * TAU + self.margin
             ]
             counts.append(len(columns) - 1)
-            terms = [queries[i] @ vector / TAU + weight + self._shift(counts[i]) for weight, vector in kept]
+            terms = [queries[i] @ vector / TAU + weight for weight, vector in kept]
+            log_factors = [self.hardness * (queries[i] @ vector / TAU).detach() for _, vector in kept]
+            chances = torch.tensor([weight for weight, _ in kept], dtype=torch.float64)
+            log_mean = (chances + torch.stack(log_factors)).logsumexp(0) - chances.logsumexp(0) if kept else 0.0
+            terms = [term + f - log_mean + self._shift(counts[i]) for term, f in zip(terms, log_factors, strict=True)]
             log_denominator = torch.logsumexp(torch.stack([positive, *terms]), dim=0)
             total = total + log_denominator - positive
-            absolute.append(log_denominator.detach())
+            absolute.append((log_denominator + log_mean).detach())
         # The pull of remembered queries on the batch's positives: value 0.
         for row, *sides, log_denominators in memory:
             for j in range(len(index)):
                 weight = self.world.log_weight(index[j], row, back=not back, alive=alive, remembered=True)
                 if weight > -math.inf and sides[back] @ others[j] <= sides[0] @ sides[1] + self.margin:
                     score = sides[back] @ others[j] / TAU
-                    pull = (
-                        (score + weight + self._shift(counts[j]) - log_denominators[back]).exp().clamp(max=1).detach()
-                    )
+                    logit = (1 + self.hardness) * score + weight + self._shift(counts[j])
+                    pull = (logit - log_denominators[back]).exp().clamp(max=1).detach()
                     total = total + pull * (score - score.detach())
         return total / len(index), absolute
 
@@ -193,6 +196,7 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
     assert sorted(loss.queue.rows[loss.queue.rows >= 0].tolist()) == sorted(row for row, *_ in twin.pairs)
 
 
+@pytest.mark.parametrize("world", ["plain", "clusters"])
 @pytest.mark.parametrize("direction", ["one_way", "both"])
 @pytest.mark.parametrize(
     "options",
@@ -200,17 +204,20 @@ def test_equals_its_twin_over_several_steps(world, both, tile_bytes):
         {"centred": False},
         {"mask_margin": 0.1},
         {"mask_margin": 0.3, "centred": False},
+        {"hardness": 0.7},
+        {"mask_margin": 0.3, "hardness": 0.7},
     ],
 )
-def test_options_equal_the_twin(options, direction):
+def test_options_equal_the_twin(options, direction, world):
+    known = World(**WORLDS[world])
     settings = {"memory_size": SIZE, "temperature": TAU, "direction": direction}
     loss = CrossBatchInfoNCE(N, **settings, **options).double()
     margin = options.get("mask_margin", math.inf)
-    known = {name: value for name, value in options.items() if name != "mask_margin"}
-    twin = Twin(World(), both=direction == "both", margin=margin, **known)
+    others = {name: value for name, value in options.items() if name != "mask_margin"}
+    twin = Twin(known, both=direction == "both", margin=margin, **others)
     for step in range(4):
         anchors, positives, index = draw(step)
-        mine = torch.autograd.grad(loss(anchors, positives, index=index), [anchors, positives])
+        mine = torch.autograd.grad(loss(anchors, positives, **known.arguments(index)), [anchors, positives])
         theirs = torch.autograd.grad(twin(anchors, positives, index), [anchors, positives])
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anybatch.core.errors import AnybatchError
-from anybatch.losses import CountCorrectedInfoNCE, CrossBatchInfoNCE, InfoNCE, SogCLR
+from anybatch.losses import CountCorrectedInfoNCE, InfoNCE, SogCLR
 
 from .. import reference, twin
 from .methods import cluster_weights
@@ -94,7 +94,6 @@ def test_ranks_equal_one_process():
     [
         (lambda: InfoNCE(hardness=-1.0), "hardness is -1.0; expected a number of 0 or more"),
         (lambda: InfoNCE(hardness=1.0, positives_by="label"), "positives_by='label' and hardness=1.0 are given"),
-        (lambda: CrossBatchInfoNCE(N, hardness=1.0), "hardness is given, and CrossBatchInfoNCE remembers"),
     ],
 )
 def test_mistakes(make, words):

@@ -60,9 +60,21 @@ def test_equals_sentence_transformers(kinds, rows, negatives, tile_bytes):
 class Pairs:
     """All pairs of embeddings of a batch, one by one: what each kind's negatives of a row are."""
 
-    def __init__(self, anchors, candidates, kinds, *, allowed=lambda i, j: True, margin=math.inf, tau=TAU, repeated=()):
+    def __init__(
+        self,
+        anchors,
+        candidates,
+        kinds,
+        *,
+        allowed=lambda i, j: True,
+        margin=math.inf,
+        tau=TAU,
+        repeated=(),
+        owner=None,
+    ):
         self.q, self.d = reference.unit(anchors), reference.unit(candidates)
         self.rows, self.kinds, self.allowed, self.margin, self.tau = len(anchors), kinds, allowed, margin, tau
+        self.owner = [j % self.rows for j in range(len(candidates))] if owner is None else owner
         self.repeated = repeated  # rows that come a second time: that place is no draw of another row
 
     def positive(self, i):
@@ -77,7 +89,7 @@ class Pairs:
         if "doc_to_query" in self.kinds:
             kinds["doc_to_query"] = (self.d[i], self.q, [j for j in rows if j != i])
         if "doc_to_doc" in self.kinds:
-            kinds["doc_to_doc"] = (self.d[i], self.d, [j for j in columns if j % self.rows != i])
+            kinds["doc_to_doc"] = (self.d[i], self.d, [j for j in columns if self.owner[j] != i])
         highest = (self.positive(i) + self.margin).detach()
         for query, others, places in kinds.values():
             scores = [query @ others[j] for j in places if self.allowed(i, j) and query @ others[j] <= highest]
@@ -119,6 +131,22 @@ def test_masks_and_counts(kinds, rows, negatives):
     assert_equal(CountCorrectedInfoNCE(50, **options)(*leaves, **ids), corrected, leaves)
     decoupled = pairs().mean(own=0.0)
     assert_equal(DecoupledInfoNCE(**options)(*leaves, **ids), decoupled, leaves)
+
+
+@pytest.mark.parametrize("fewer", [[2, 0, 1, 1], [2, 0, 2, 2]])  # as many in all as rows, and not
+@pytest.mark.parametrize("kinds", SUBSETS)
+def test_rows_with_fewer_negatives(kinds, fewer):
+    """A text's own explicit negatives are no negatives of its kind, however many each row has."""
+    lacking = np.arange(2) >= np.array(fewer)[:, None]
+    table = RowTable(np.arange(4), np.arange(4), negative_id=np.where(lacking, -1, 4 + np.arange(8).reshape(4, 2)))
+    owner = [0, 1, 2, 3, *(row for place in range(2) for row in range(4) if not lacking[row, place])]
+    leaves, arguments = draw(4, 1, seed=5), table.arguments(torch.arange(4), num_negatives=2)
+    leaves[1] = torch.cat([leaves[1], leaves[1].flip(0)])[: len(owner)].detach().requires_grad_()
+    pairs = lambda: Pairs(*leaves, kinds, owner=owner)  # noqa: E731
+    options = {"temperature": TAU, "joint": kinds, "tile_bytes": 200}
+    assert_equal(InfoNCE(**options)(*leaves, **arguments), pairs().mean(), leaves)
+    corrected = pairs().mean(lambda count: 49 / count)
+    assert_equal(CountCorrectedInfoNCE(50, **options)(*leaves, **arguments), corrected, leaves)
 
 
 def test_a_listed_pair_is_masked_in_either_order():
@@ -222,7 +250,9 @@ def on_rank(rank, world_size, kinds, corrected, options):
     make = (lambda **k: CountCorrectedInfoNCE(50, **k)) if corrected else InfoNCE
     loss = make(temperature=TAU, learnable_temperature=True, joint=kinds, **options).double()
     mine = anchors.detach()[rows].requires_grad_()
-    value = loss(mine, own, anchor_id=torch.arange(6)[rows] % 4, candidate_id=ids)
+    pairs = torch.arange(len(mine))
+    weight = LogWeights.of(Examples(owner=torch.cat([pairs, pairs // 2 * 2])), len(mine))  # every other row has two
+    value = loss(mine, own, anchor_id=torch.arange(6)[rows] % 4, candidate_id=ids, log_weight=weight)
     value.backward()
     return [value.detach(), mine.grad, own.grad.view(2, -1, 5), loss.temperatures.log_temperature.grad]
 

@@ -146,6 +146,25 @@ def test_windows_of_labels_are_over_labels(neighbors):
         count = (beside & wanted & (ranks[:, y] < take)).sum() / len(y)
         if neighbors == "exact":
             assert audit_of(result, positive_id=y).window_per_anchor == pytest.approx(count, rel=1e-3)
+    # Hard negatives are drawn from fewer labels; what is suspected stays.
+    config = MiningConfig(method="published", margin=0.3)
+    suspects = [
+        mine_plan(anchors, positives, config=replace(config, num_negatives=number), positive_id=y).plan.suspects
+        for number in (0, 1)
+    ]
+    np.testing.assert_array_equal(*suspects)
+    # As released: of the ten hardest labels of each anchor, those of the cluster too; of a window that is given, of it.
+    for window, low, high in (("auto", 0, 10), ((4, 20), 4, 24)):
+        given = replace(config, margin=None, window=window, num_negatives=3)
+        plan = mine_plan(anchors, positives, config=given, positive_id=y).plan
+        home = plan.cluster == 0
+        drawn = y[plan.negatives[home & (plan.negatives >= 0).all(axis=1)]]
+        wanted = (low <= ranks[home]) & (ranks[home] < high)
+        assert wanted[:, drawn.ravel()].any(axis=0).all()
+        assert np.isin(drawn, y[home]).any() == (window == "auto")
+        assert (ranks[home][:, drawn.ravel()].min(axis=0) >= 10).any() == (window != "auto")
+        row, place = np.nonzero(plan.negatives >= 0)
+        assert not (y[plan.negatives[row, place]] == y[row]).any()
     small = mine_plan(anchors, positives, config=MiningConfig(), positive_id=y).plan
     assert small.cluster_size == 4
     assert hardest_beside(small.cluster, y, ranks) > 2.5
@@ -173,7 +192,9 @@ def test_cluster_sizes_follow_the_batch(batch_size, size, published):
         ("anybatch", 50, 2, Window(0, 1, 0.95)),
         ("anybatch", 50, 1, Window(0, 1, 0.95)),
         ("published", 10_000, 9_000, Window(30, 100)),
-        ("published", 5_000, 101, Window(0, 30)),
+        ("published", 5_000, 101, Window(0, 31)),
+        ("published", 5_000, 1_000, Window(0, 300)),
+        ("published", 50, 2, Window(0, 1)),
     ],
 )
 def test_windows_follow_the_data(method, num_rows, num_texts, expected):
@@ -394,20 +415,25 @@ def test_negatives_come_from_the_window_and_never_repeat_content():
 
 
 def test_negatives_are_weighed_by_all_rows_of_the_cluster():
-    """Windows less twice the conflicts of all members; drawn in proportion, or to its square; no text twice."""
-    _, graph = small_graph(400)
+    """Windows less conflicts of all members, drawn in proportion as published: the released code counts both, and takes
+    2 off for a conflict. Ours: less twice the conflicts, squared. No text twice.
+    """
+    found, graph = small_graph(400)
     cluster = np.arange(400) // 8
     same = {"anchor_id": np.arange(400), "positive_id": np.arange(400)}
-    windows, conflicts = graph.window.toarray() > 0, graph.conflict.toarray() > 0
     members = slice(0, 8)  # the first cluster
-    weight = windows[members].sum(axis=0) - 2 * conflicts[members].sum(axis=0)
-    weight[members] = 0
-    counts = []
-    for power in (1, 2):
-        drawn = [sample_negatives(graph, cluster, 1, power=power, seed=seed, **same)[members] for seed in range(300)]
-        counts.append(np.bincount(np.concatenate(drawn).ravel(), minlength=400))
-        assert set(np.flatnonzero(counts[-1])) == set(np.flatnonzero(weight > 0))
-    plain, squared = (count[weight >= 2].mean() / count[weight == 1].mean() for count in counts)
+    ranks = found.ids[members, :14]
+    released = np.bincount(ranks.ravel(), minlength=400) - 2 * np.bincount(ranks[:, :4].ravel(), minlength=400)
+    windows, conflicts = graph.window.toarray() > 0, graph.conflict.toarray() > 0
+    ours = windows[members].sum(axis=0) - 2 * conflicts[members].sum(axis=0)
+    steepness = []
+    for weight, how in ((released, {"power": 1, "penalty": 1}), (ours, {})):
+        weight[members] = 0
+        drawn = [sample_negatives(graph, cluster, 1, seed=seed, **how, **same)[members] for seed in range(300)]
+        counts = np.bincount(np.concatenate(drawn).ravel(), minlength=400)
+        assert set(np.flatnonzero(counts)) == set(np.flatnonzero(weight > 0))
+        steepness.append(counts[weight >= 2].mean() / counts[weight == 1].mean())
+    plain, squared = steepness
     assert 1.3 < plain < 2.5  # below 2, were it not for those of 3 and more: each is drawn once at most
     assert squared > 1.3 * plain
     drawn = sample_negatives(graph, cluster, 2, **same)

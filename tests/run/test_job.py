@@ -204,6 +204,7 @@ class TestFailedStart:
         short.mkdir()
         return {
             "needs a teacher": {"mining": MINED},
+            "'anybatch', and mining.num_negatives 2, which needs a teacher": {"mining": MiningConfig(num_negatives=2)},
             "Cannot load the model": {"mining": MINED, "teacher": TeacherConfig(name=str(tmp_path / "absent"))},
             "expected floats of shape": {"mining": MINED, "teacher": save_embeddings(short, rows=50)},
             "anchor.*5": {"mining": MINED, "teacher": replace(nan, embeddings=(str(tmp_path / "nan.npy"), good))},

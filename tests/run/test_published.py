@@ -63,7 +63,7 @@ def test_b3_is_the_papers_run(mmeb):
         "MSCOCO_t2i": ((30, 100), ""),
     }
     assert all("original" in of_set.path for of_set in config.data.sets)
-    window, _ = settled.window_for(50_000, 1_000)  # of labels: 30% of the wrong ones
+    window, _ = settled.window_for(50_000, 1_000)  # of labels: 30% of them
     assert (window.skip, window.take) == (0, 300)
     assert load_config(RunConfig, written(config)) == config, "a run is resumed without the recipe"
 

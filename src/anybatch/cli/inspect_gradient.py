@@ -47,7 +47,8 @@ def command(options: PlanOptions) -> None:
         "negatives may be false, or that memory grows stale: take it for a first choice, and measure on held-out data."
     )
     if pairs is None:
-        say(
-            "Not taken into account: Repeated texts: the data is not at hand, so that all rows count as different. "
-            "Give it with --data."
+        sources.left_out.append(
+            "Repeated texts: the data is not at hand, so that all rows count as different. Give it with --data."
         )
+    for line in sources.left_out:
+        say(f"Not taken into account: {line}")

@@ -68,6 +68,7 @@ def command(
                 missing.append("The gradient's error: of several data sets each has an own. Mine one by itself.")
             else:
                 bars("gradient", 0, 1)
+                missing += sources.left_out
                 gradients = compare_methods(sources.frozen(vectors, pairs), plan, methods=[sources.loss])
                 bars("gradient", 1, 1)
     seen = inspections.get("") if len(inspections) == 1 else None

@@ -48,6 +48,7 @@ class PlanSources:
 
     def __init__(self, options: PlanOptions) -> None:
         from anybatch.core.yaml_files import load_config
+        from anybatch.insight.gradient_methods import comparable
         from anybatch.losses.registry import LossConfig, first_temperature
         from anybatch.plans.plan import BatchPlan
         from anybatch.run.config import RunConfig
@@ -62,6 +63,7 @@ class PlanSources:
         self.loss = LossConfig(name="infonce")
         if self.config is not None:
             self.loss = with_batches(self.config, mined=self.plan.cluster_size > 1).loss
+        self.loss, self.left_out = comparable(self.loss)
         given = options.temperature
         self.temperature = first_temperature(self.loss) if given is None else given
         self.missing: list[str] = []

@@ -22,6 +22,7 @@ def full_gradient(
     *,
     temperature: float,
     direction: Direction = "one_way",
+    mask_margin: float | None = None,
     rows: Tensor | None = None,
     masks: LogWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,7 @@ def full_gradient(
         anchors, positives: (n, D) float, unit rows.
         temperature: tau.
         direction: "one_way", or "both" for the mean of both directions' losses.
+        mask_margin: See `Scoring`.
         rows: (P,) int64, whose losses are averaged, against all n candidates; None for all.
         masks: Over all rows, such as `content_masks`; None if all texts differ.
 
@@ -57,7 +59,7 @@ def full_gradient(
         leaves = queries[chosen].requires_grad_(), candidates[order].requires_grad_()
         if masks is not None:
             masks = replace(masks, queries=masks.queries.take(chosen), candidates=masks.candidates.take(order))
-        value = InfoNCE(temperature=temperature)(*leaves, log_weight=masks)
+        value = InfoNCE(temperature=temperature, mask_margin=mask_margin)(*leaves, log_weight=masks)
         return [in_map(*pair) for pair in zip(torch.autograd.grad(value, leaves), leaves, strict=True)]
 
     forth = one_way(anchors, positives, masks)

@@ -89,8 +89,9 @@ class FrozenPairs:
     positives: Tensor
     anchor_id: Tensor  # (n,) int64; equal for identical texts, which are never negatives of each other
     positive_id: Tensor
-    temperature: float  # of the full-data objective, as direction and suspects
+    temperature: float  # of the full-data objective, as direction, mask_margin and suspects
     direction: Direction
+    mask_margin: float | None
     tied: bool  # whether one map is shared by both sides, as where one encoder embeds both
     suspects: np.ndarray | None
     # (2, groups, P) two estimates of the full-data gradient in the P parameters, by group of anchors. Equal and of one
@@ -105,6 +106,7 @@ class FrozenPairs:
         *,
         temperature: float = 0.05,
         direction: Direction = "one_way",
+        mask_margin: float | None = None,
         tied: bool = True,
         anchor_id: np.ndarray | None = None,
         positive_id: np.ndarray | None = None,
@@ -116,7 +118,7 @@ class FrozenPairs:
 
         Args:
             anchors, positives: (n, D) float, of any length; all but float64 becomes float32.
-            temperature, direction: Of the loss; "both" is the mean of both directions' losses.
+            temperature, direction, mask_margin: Of the loss; "both" is the mean of both directions' losses.
             tied: See above.
             anchor_id, positive_id: (n,) int; None: all texts differ.
             suspects: (p, 2) int of a plan, where the loss masks them: no negatives in its objective either.
@@ -148,7 +150,8 @@ class FrozenPairs:
         masks = content_masks(ids[0], ids[1], suspects) if repeated or suspects is not None else None
 
         def gradient(rows: Tensor) -> Tensor:
-            parts = full_gradient(*sides, rows=rows, temperature=temperature, direction=direction, masks=masks)
+            of_loss: dict[str, Any] = {"temperature": temperature, "direction": direction, "mask_margin": mask_margin}
+            parts = full_gradient(*sides, rows=rows, masks=masks, **of_loss)
             return _parameters(parts, tied)
 
         if num_anchors is None or num_anchors >= num_rows:
@@ -158,7 +161,7 @@ class FrozenPairs:
             size = max(1, num_anchors // (2 * GROUPS))
             halves = [generator.choice(num_rows, (GROUPS, size), replace=False) for _ in range(2)]
             full = torch.stack([torch.stack([gradient(torch.from_numpy(rows)) for rows in half]) for half in halves])
-        return cls(sides[0], sides[1], ids[0], ids[1], temperature, direction, tied, suspects, full)
+        return cls(*sides, ids[0], ids[1], temperature, direction, mask_margin, tied, suspects, full)
 
     def __len__(self) -> int:
         return len(self.anchors)

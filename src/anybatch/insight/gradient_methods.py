@@ -16,6 +16,8 @@ from anybatch.insight.tables import Figure
 from anybatch.losses.registry import LossConfig, build_loss, first_temperature, options_of
 from anybatch.plans.plan import BatchPlan
 
+OTHER_OBJECTIVES = ("joint", "positives_by", "hardness")
+
 
 def name_of(method: LossConfig) -> str:
     """The method in the words of the configuration: `loss.name`, with what else has to be set."""
@@ -30,6 +32,17 @@ def name_of(method: LossConfig) -> str:
     if method.mask_suspects is True:
         given["mask_suspects"] = True
     return ", ".join([method.name, *(f"{name}={value}" for name, value in given.items())])
+
+
+def comparable(loss: LossConfig) -> tuple[LossConfig, list[str]]:
+    """The loss without the options that make its objective another than InfoNCE over all rows; a sentence that says so,
+    if it has some.
+    """
+    default = {name: option.default for name, option in options_of(loss.name).items() if name in OTHER_OBJECTIVES}
+    default["matryoshka"] = None
+    others = [f"loss.{name}" for name in default if getattr(loss, name) != default[name]]
+    said = [f"{', '.join(others)}: the gradient over all data is that of plain InfoNCE."] if others else []
+    return replace(loss, **default), said
 
 
 def frozen_pairs(
@@ -51,15 +64,17 @@ def frozen_pairs(
         direction=getattr(loss.example(), "direction", "one_way"),
         tied=pairs is None or {kind_of(pairs.anchors), kind_of(pairs.positives)} != {"text", "image"},
         num_anchors=num_anchors,
+        mask_margin=loss.options.get("mask_margin"),
         suspects=plan.suspects if loss.mask_suspects is True else None,
         **({} if pairs is None else pairs.ids),
     )
 
 
 def beside_plain(loss: LossConfig, plan: BatchPlan) -> list[LossConfig]:
-    """Plain InfoNCE with the masks of a loss, and that loss where it is another."""
+    """Plain InfoNCE with the masks of a loss, and that loss where it is another; see `comparable`."""
     masks = loss.mask_suspects is True and plan.suspects is not None
-    plain, loss = LossConfig(name="infonce", mask_suspects=masks), replace(loss, mask_suspects=masks)
+    plain = LossConfig(name="infonce", mask_suspects=masks, mask_margin=loss.options.get("mask_margin"))
+    loss = replace(comparable(loss)[0], mask_suspects=masks)
     return [plain] if name_of(loss) == name_of(plain) else [plain, loss]
 
 
@@ -136,7 +151,8 @@ def compare_methods(
             if method.weights != "inclusion" or weighable
         ]
     # 3. Measure.
-    errors, objective = {}, {"temperature": pairs.temperature, "direction": pairs.direction}
+    names_of_objective = ("temperature", "direction", "mask_margin")
+    errors, objective = {}, {name: getattr(pairs, name) for name in names_of_objective}
     for number, (batches, chosen, method, name) in enumerate(wanted, start=1):
         settings = {key: value for key, value in objective.items() if key in method.options}
         errors[name, batches] = gradient_error(
@@ -171,7 +187,7 @@ def gradient_figures(name: str, error: GradientError, other_name: str, other: Gr
             value=_cell(error.cosine, error.cosine_se),
             beside=f"{other_name}: {_cell(other.cosine, other.cosine_se)}",
             good=f"{STRAIGHT:g} or more",
-            passed=None if math.isnan(error.cosine) else not error.bias_to_remove,
+            passed=error.cosine > STRAIGHT if abs(error.cosine - STRAIGHT) > 2 * error.cosine_se else None,
             why="Cosine of the mean gradient over batches with the gradient over all rows. What is missing to 1 is "
             "bias: no number of steps averages it away, a correction or a memory does.",
         ),
@@ -194,9 +210,10 @@ def _cell(value: float, se: float) -> str:
 
 def bias_sentence(plain: GradientError, batch_size: int) -> str:
     """Whether there is bias to remove, which is what a correction or a memory is for."""
+    cosine = _cell(plain.cosine, plain.cosine_se)
     figures = (
-        f"the mean gradient over random batches of {batch_size} has cosine {plain.cosine:.2f} with the gradient over "
-        "all rows; 1 is the same direction"
+        f"the mean gradient over random batches of {batch_size} has cosine {cosine} with the gradient over all rows; 1 "
+        "is the same direction"
     )
     if plain.bias_to_remove:
         return (

@@ -31,8 +31,8 @@ WHY = {  # what a figure of `marks` is, and what it was in the study
     "softmax mass masked": "Share that mining suspects of being right, which loss.mask_suspects removes: of that the "
     "model learns nothing. The study's text tasks had 14% to 49%.",
     "suspected false negatives per anchor": "Negatives in its batch that mining suspects of being right (where it did "
-    f"not look, those that score above {MARGIN:g} of the own positive). Read some of them. Plans at the default had .1 "
-    "to .4.",
+    f"not look, those that score above {MARGIN:g} of the own positive). Read some of them. The study's plans had .01 "
+    "to .3.",
 }
 
 

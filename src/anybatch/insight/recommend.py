@@ -19,6 +19,7 @@ from anybatch.insight.gradient_error import NUM_BATCHES
 from anybatch.insight.gradient_methods import (
     beside_plain,
     bias_sentence,
+    comparable,
     compare_methods,
     frozen_pairs,
     gradient_figures,
@@ -245,7 +246,8 @@ def _look_at_gradients(
             "checkpoint."
         )
         return
-    loss = with_batches(found.config, mined=plan.cluster_size > 1).loss
+    loss, left_out = comparable(with_batches(found.config, mined=plan.cluster_size > 1).loss)
+    found.notes += [f"Not in the gradient: {line}" for line in left_out]
     comparison = compare_methods(
         frozen_pairs(vectors, sample, plan, loss),
         plan,

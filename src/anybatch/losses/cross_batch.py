@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Unpack, final
+from typing import ClassVar, Unpack, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     remembered relative to the mean of its batch and used relative to the mean of this one: unit(x~ - mean(its batch) +
     mean(this batch)). Without, training from scratch loses what the memory gains, or collapses (docs/log.md).
 
-    When: batches of up to 256, where it is recommended. When not: steps that move embeddings far (batches of 1,024 from
-    scratch), or batches of an eighth of the data. Evidence: docs/recipe.md; each part alone: docs/log.md.
+    When: models that are no transformers, in batches of up to 256: recommended. When not: steps that move embeddings
+    far (pretrained layers, batches of 1,024 from scratch), or batches of an eighth of the data. Evidence:
+    docs/recipe.md; each part alone: docs/log.md.
 
     Args:
         num_rows: n, rows of the data set.
@@ -75,7 +76,6 @@ class CrossBatchInfoNCE(ContrastiveLoss):
     lacks: ClassVar = {
         "joint": "remembers pairs for anchors against candidates",
         "positives_by": "remembers one positive an anchor",
-        "hardness": "remembers the denominator of an anchor without its negatives' weights",
     }
 
     def __init__(
@@ -213,7 +213,7 @@ class CrossBatchInfoNCE(ContrastiveLoss):
             scores = own[rows] @ queries.T
             if self.mask_margin is not None:
                 scores.masked_fill_(scores > highest, -torch.inf)
-            logits = scores.div_(temperature).sub_(log_denominator).add_(correction[rows, None])
+            logits = scores.mul_(1 + self.hardness).div_(temperature).sub_(log_denominator).add_(correction[rows, None])
             logits += weight.tile(rows, columns).to(logits.dtype)
             gradient[rows] = logits.clamp_(max=0).exp_() @ queries  # a share is at most 1, whatever moved since
         return gradient / temperature
@@ -224,7 +224,9 @@ class CrossBatchInfoNCE(ContrastiveLoss):
         sizes, width = recalled.layout.row_sizes, batch.anchors.shape[1]
         anchors, positives = batch.anchors, batch.queries(1)
         similarity = (anchors * positives).sum(dim=1)
-        absolute = [one.objective + similarity / side.temperature for one, side in stats]
+        absolute = [one.objective + (1 + self.hardness) * similarity / side.temperature for one, side in stats]
+        if self.hardness:  # and what a negative's exp((1 + hardness) s_ij / tau) is divided by besides
+            absolute = [total + cast(Tensor, one.log_hardness) for total, (one, _) in zip(absolute, stats, strict=True)]
         absolute = [absolute[0], absolute[-1]]  # one way the second is never used
         centred = [anchors - recalled.mean[0], positives - recalled.mean[1]]
         figures = distributed.gather_rows(torch.cat([*centred, torch.stack(absolute, dim=1)], dim=1), sizes)

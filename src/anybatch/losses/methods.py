@@ -85,8 +85,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
     A masked candidate counts in k and adds nothing to the sum, as in the data set. With normalised log-weights (mined
     batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself. No memory is needed.
 
-    When: batches above 256, and small batches where no state is wanted. When not: mined batches without inclusion
-    weights. Evidence: docs/recipe.md.
+    When: transformers, and batches above 256: recommended. When not: mined batches without inclusion weights. Evidence:
+    docs/recipe.md.
 
     Args:
         num_rows: n, rows of the data set.

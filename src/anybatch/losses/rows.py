@@ -20,7 +20,7 @@ from anybatch.plans.plan import BatchPlan
 
 Weights = Literal["none", "inclusion"]
 RESERVED = (
-    *("anchor_id", "text_id", "row", "cluster", "task", "log_ways"),
+    *("anchor_id", "text_id", "row", "cluster", "task", "log_ways", "owner"),
     *("remembered", "num_remembered", "pair_number", "pair_side"),
 )
 NEVER = 1e-300  # a chance whose inverse is still a number
@@ -181,7 +181,7 @@ class RowTable(nn.Module):
             "candidate_id": torch.cat([self.positive_id[index], negatives]),
         }
         terms = self._terms()
-        if terms:
+        if terms or self.ragged:
             examples = self._examples(index, place, arguments["candidate_id"])
             arguments["log_weight"] = LogWeights.of(examples, len(index), *terms)
         return arguments
@@ -238,6 +238,8 @@ class RowTable(nn.Module):
         further = {name: self.get_buffer(f"column_{name}")[index] for name in self.columns}
         of_pairs = {**further, "anchor_id": self.anchor_id[index], "row": index}
         others = {name: behind(values, len(candidate_id)) for name, values in of_pairs.items()}
+        if self.ragged:
+            others["owner"] = place.masked_fill(torch.arange(len(place), device=place.device) < len(index), -1)
         return Examples(text_id=candidate_id, cluster=cluster, task=task, log_ways=log_ways, **others)
 
 

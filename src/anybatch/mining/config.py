@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
 
@@ -15,7 +16,7 @@ MOST = 32  # rows of a cluster: published
 MARGIN = 0.95  # of the own positive's score, from which a pair is suspected: NV-Retriever's
 CONFLICT_WEIGHT = 30.0
 LABEL_ROWS = 5  # rows of a positive, in the mean, from which positives are labels
-LABEL_SHARE = 0.3  # of the wrong labels, the hardest, are an anchor's window: published
+LABEL_PERCENT = 30  # of all labels, the hardest wrong ones are an anchor's window: published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,11 @@ class MiningConfig(Configuration):
         method: "anybatch" (union of windows, recursive bisection, search by exchanges with conflicts), "published" (B3
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "random"; to compare with: "kmeans" (cells of [anchor; positive]), "bandwidth"
-            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random"
-            without a teacher, or where a figure of the mined plan is not good (docs/recipe.md).
+            (GCBS), "loss_ordered" (OSGD under the teacher). "auto": "anybatch"; in a run "random" without a teacher,
+            with images, or where a figure of the mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
-        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": so many that a batch has 16
-            clusters or more, 2 to 32; 32 for "published".
+        cluster_size: Rows that sit together; the batch is a multiple of it. "auto": the largest divisor of
+            the batch up to a sixteenth of it, 2 to 32; 32 for "published".
         window: Ranks of distinct positives, [p, m]: the first p are suspected false negatives, the m after them are
             wanted. "auto": see `auto_window`; as published for "published".
         margin: Also suspected: what scores above this share of the own positive, both counted from the mean score.
@@ -131,13 +132,13 @@ def auto_window(method: str, cluster_size: int, num_rows: int, num_texts: int) -
 
         anybatch    p = 5     m = 2 K, at least 32        p at most: see `Window.to_conflicts`
         published   p = 30    m = 100
-        labels      p = 0, m = 30% of the wrong labels (published); p = 5, m = a tenth, at least 10 (anybatch)
+        labels      p = 0, m = 30% of the labels (published); p = 5, m = a tenth, at least 10 (anybatch)
 
     Measured on 4,096 titles and abstracts, batches of 64: with clusters of 4 windows of 8 to 64 ranks are alike.
     """
     labels = label_like(num_rows, num_texts)
     if method == "published":
-        return (0, max(1, round(LABEL_SHARE * (num_texts - 1)))) if labels else (30, 100)
+        return (0, math.ceil(LABEL_PERCENT * num_texts / 100)) if labels else (30, 100)
     take = max(32, 2 * cluster_size)
     return min(5, num_texts // 10), max(1, min(take, max(10, num_texts // 10) if labels else take, num_texts // 2))
 

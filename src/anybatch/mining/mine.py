@@ -227,7 +227,7 @@ class _Set(NamedTuple):
     text: np.ndarray  # of each row the first one with its positive, which stands for it where positives are ranked
     window: Window  # as its texts allow it
     asked: Window  # as the configuration says
-    auto: bool  # whether the teacher's scores say how many ranks are skipped
+    auto: bool  # whether the window was left to mining
     folder: Path | None
     progress: Progress
 
@@ -275,7 +275,7 @@ def _each_set(
             text=text,
             window=window,
             asked=asked,
-            auto=config.method != "published" and (config.window if one.window is None else one.window) == "auto",
+            auto=(config.window if one.window is None else one.window) == "auto",
             folder=folder / one.name if sets and folder is not None else folder,
             progress=partial(named, prefix=f"{one.name}: " if sets else ""),
         )
@@ -299,7 +299,7 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     # 1. Rank: for each anchor the teacher's best positives.
     neighbors = _rank(one, config, device)
     report.recall = neighbors.recall
-    if one.auto:
+    if one.auto and config.method != "published":
         one = one._replace(window=one.window.to_conflicts(neighbors))
 
     # 2. Join: who wants to sit beside whom, and who must not.
@@ -327,12 +327,14 @@ def _mine_set(one: _Set, config: SettledConfig, device: str | None, report: Mini
     negatives = None
     if config.num_negatives:
         with _stage("hard negatives", one.progress):
-            published = config.method == "published"
-            if published and one.labels:
+            published, source = config.method == "published", graph
+            of_labels = published and one.auto and one.labels
+            if of_labels:
                 few = replace(one.window, take=min(HARDEST_LABELS, one.window.take))
-                graph = build_graph(neighbors, few, text=one.text)
-            power = 1 if published else 2
-            negatives = sample_negatives(graph, cluster, config.num_negatives, power=power, seed=config.seed, **one.ids)
+                source = build_graph(neighbors, few, text=one.text)
+            power = penalty = 1 if published else 2
+            how: dict[str, Any] = {"power": power, "penalty": penalty, "own_texts": of_labels, **one.ids}
+            negatives = sample_negatives(source, cluster, config.num_negatives, seed=config.seed, **how)
     return _Mined(cluster, suspect_pairs(graph.conflict), negatives, graph, one.window)
 
 

@@ -14,8 +14,6 @@ from anybatch.mining.exchange import _same_content
 from anybatch.mining.graph import MiningGraph
 from anybatch.mining.inputs import check_at_least, compact_ids, first_rows
 
-PENALTY = 2  # windows that a member outweighs which suspects an item: published
-
 
 def sample_negatives(
     graph: MiningGraph,
@@ -25,14 +23,16 @@ def sample_negatives(
     anchor_id: np.ndarray,
     positive_id: np.ndarray,
     power: int = 2,
+    penalty: int = 2,
+    own_texts: bool = False,
     seed: int = 0,
 ) -> np.ndarray:
     """Hard negatives for the rows of each cluster, as all of its anchors are contrasted with all of them.
 
-        weight of a text = (windows of the cluster that it is in - PENALTY * members that suspect it) ** power
+        weight of a text = (windows of the cluster that it is in - penalty * members that suspect it) ** power
 
-    Texts are drawn in proportion to their weights, where the base is above 0, without return until none is left; those
-    of the cluster's own rows never. Each goes to a row that wants it, if one has a place, else to any row.
+    Texts are drawn in proportion to their weights, where the base is above 0, without return until none is left. Each
+    goes to a row that wants it, if one has a place, else to any row.
 
     Args:
         graph: From `build_graph`.
@@ -42,13 +42,15 @@ def sample_negatives(
             given to a row.
         power: 1 is published. With 2, clusters of 32 have 25 window items of an anchor among 5 negatives a row in place
             of 21, and as few that it suspects (.4 and 1.9 in place of .3 and 1.5, on two data sets).
+        penalty: 1 is published (released code: a count over windows and suspected ranks, less 2 for the latter).
+        own_texts: Whether those of the cluster's own rows may be drawn; published for labels.
 
     Returns:
         (n, h) int32 row numbers, none twice in a row; -1 where there are too few.
 
     Cost: for K rows of a cluster with windows of m ranks, n * h * K * m steps at most; on one core.
 
-    Reference: B3, arXiv 2505.11293, section 3 (B3++), with the penalty of the released code.
+    Reference: B3, arXiv 2505.11293, section 3 (B3++).
     """
     cluster = np.asarray(cluster).astype(np.int64)
     check_at_least("num_negatives", num_negatives, 0)
@@ -70,7 +72,7 @@ def sample_negatives(
     result = np.full((num_rows, num_negatives), -1, np.int32)
     order = np.argsort(cluster, kind="stable").astype(np.int64)
     if num_negatives:
-        _draw(wanted, cluster, order, power, seed % 2**32, result)
+        _draw(wanted, cluster, order, power, penalty, own_texts, seed % 2**32, result)
     return result
 
 
@@ -92,7 +94,7 @@ class _Wanted(NamedTuple):
 
 
 @compiled
-def _draw(wanted, cluster, order, power, seed, result):  # pragma: no cover - compiled
+def _draw(wanted, cluster, order, power, penalty, own_texts, seed, result):  # pragma: no cover - compiled
     """`order`: rows, cluster after cluster."""
     np.random.seed(seed)  # noqa: NPY002 - numba's own generator, not NumPy's
     place = np.full(len(cluster), -1, np.int64)  # of a text among the items of this cluster
@@ -102,7 +104,7 @@ def _draw(wanted, cluster, order, power, seed, result):  # pragma: no cover - co
         while home >= 0 and stop < len(order) and cluster[order[stop]] == home:
             stop += 1
         rows = order[start:stop]
-        items, weight = _weigh(wanted, rows, place, power, home >= 0)
+        items, weight = _weigh(wanted, rows, place, power, penalty, own_texts or home < 0)
         for _ in range(result.shape[1]):  # from the beginning again where all were drawn and places are free
             if _spread(wanted, rows, items, weight.copy(), result) == 0:
                 break
@@ -112,7 +114,7 @@ def _draw(wanted, cluster, order, power, seed, result):  # pragma: no cover - co
 
 
 @compiled
-def _weigh(wanted, rows, place, power, clustered):  # pragma: no cover - compiled
+def _weigh(wanted, rows, place, power, penalty, own_texts):  # pragma: no cover - compiled
     """The texts in the windows of these rows, with their weights; `place` says where each text is among them."""
     total = 0
     for row in rows:
@@ -128,10 +130,10 @@ def _weigh(wanted, rows, place, power, clustered):  # pragma: no cover - compile
     for row in rows:
         for item in wanted.conflict_indices[wanted.conflict_indptr[row] : wanted.conflict_indptr[row + 1]]:
             if place[item] >= 0:
-                weight[place[item]] -= PENALTY
+                weight[place[item]] -= penalty
     for row in rows:
         for item in (row, wanted.text[row]):
-            if clustered and place[item] >= 0:
+            if not own_texts and place[item] >= 0:
                 weight[place[item]] = 0
     return items[:num], np.maximum(weight[:num], 0) ** power
 

@@ -23,6 +23,7 @@ class Examples:
         row             number in the data set; -1 for an explicit negative
         cluster         mined cluster; of a row in none a negative number of its own; of an explicit negative its row's
         task            data set of several
+        owner           of an explicit negative the place of its pair in the batch, where their numbers differ; else -1
         log_ways        float: log of the ways that it has into a batch, over the rows that it stands for
 
     Args:

@@ -47,12 +47,11 @@ def recipe(
     choices = []
     if config.plan is None and config.mining.method == AUTO:
         teacher = config.teacher.name is not None or config.teacher.embeddings is not None
-        idle = teacher and pairs.has_images and not config.mining.num_negatives  # hard negatives are ranked in any case
         method, why = "random", "no teacher is named"
-        if idle:
+        if config.mining.num_negatives:
+            method, why = "anybatch", "hard negatives are mined, by a teacher"
+        elif teacher and pairs.has_images:
             why = "the teacher is not used: with images mined batches lost"
-        elif teacher and config.mining.num_negatives:
-            method, why = "anybatch", "a teacher is named, and hard negatives are mined"
         elif teacher:
             method, why = AUTO, "a teacher is named: mined batches if all their figures are good, else random ones"
         config = replace(config, mining=replace(config.mining, method=method))

@@ -32,11 +32,6 @@ def teacher_embeddings(
     if teacher.embeddings is not None:
         anchors, positives = (read_embeddings(path, len(pairs)) for path in teacher.embeddings)
         return anchors, positives
-    if teacher.name is None:
-        raise AnybatchError(
-            f"mining.method is '{config.mining.method}', which needs a teacher: set teacher.name to a "
-            "sentence-transformers model, or teacher.embeddings to two .npy files, or mining.method to 'random'."
-        )
     model = load_teacher(config)
     sides = list(zip(("anchor", "positive"), get_args(Side), (pairs.anchors, pairs.positives), strict=True))
     same = pairs.anchors is pairs.positives  # one column of images
@@ -60,7 +55,15 @@ def teacher_embeddings(
 
 
 def load_teacher(config: RunConfig) -> SentenceTransformer:
-    """The model that ranks the data."""
+    """The model that ranks the data; an AnybatchError where none is named."""
+    if config.teacher.name is None:
+        mining = config.mining
+        negatives = f", and mining.num_negatives {mining.num_negatives}" if mining.num_negatives else ""
+        raise AnybatchError(
+            f"mining.method is '{mining.method}'{negatives}, which needs a teacher: set teacher.name to a "
+            "sentence-transformers model, or teacher.embeddings to two .npy files, or mining.method to 'random'"
+            f"{' and mining.num_negatives to 0' if negatives else ''}."
+        )
     shared = ("name", "max_length", "anchor_prompt", "positive_prompt", "kwargs")
     settings = {name: getattr(config.teacher, name) for name in shared}
     return load_model(ModelConfig(**settings, device=config.model.device))

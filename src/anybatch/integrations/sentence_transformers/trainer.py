@@ -187,7 +187,7 @@ class Trainer(SentenceTransformerTrainer):
         why = f"batches of {batch}: {why}"
         if not self._numbered or len(self.plans) > 1:
             name = "InfoNCE"
-            why = "each data set has its own plan" if self._numbered else "a stream has no row numbers"
+            why = "each data set has its own plan" if self._numbered else "how many rows a stream has is not known"
         if distributed.rank() == 0:  # to whoever set no level of logging as well
             logger.warning("Recommended: %s, temperature 0.05 (%s). See docs/recipe.md.", name, why)
         self._recommended = f" (recommended: {why})"

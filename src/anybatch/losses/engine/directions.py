@@ -92,6 +92,7 @@ class Direction:
             log_denominator=log_denominator,
             objective=self.objective,
             num_negatives=self.num_negatives,
+            log_hardness=self.log_hardness,
             temperature_gradient=self.d_temperature_rows if gradients and self.learning else None,
             column_gradient=self.column_gradient() if gradients else None,
         )

@@ -69,48 +69,39 @@ def joint_softmax_loss(
             "joint is for losses that do not look at whole rows of scores. Leave it out, or use InfoNCE."
         )
     num_rows, num_columns, device = len(anchors), len(candidates), anchors.device
-    # 1. How many of each kind a row has, over all ranks.
+    # 1. The records of rows and candidates.
     row_sizes = distributed.gather_sizes(num_rows, device)
     num_drawn = sum(distributed.gather_sizes(num_columns, device)) - 1
-    own_negatives, rest = divmod(num_columns - num_rows, max(1, num_rows))
-    if rest and "doc_to_doc" in kinds:
-        raise AnybatchError(
-            f"joint has doc_to_doc, and the batch {num_columns - num_rows} explicit negatives for {num_rows} anchors; "
-            "expected the same number for each, so that a text's own are known: they are not its negatives."
-        )
-    normalised = side.log_weight is not None and side.log_weight.normalised
-
-    def weight_of(kind: Kind, count: int, again: int) -> float:
-        if kind not in kinds:
-            return -math.inf
-        counts = max(1, num_drawn - again), max(1, count - again)
-        return math.log(counts[0] / counts[1]) if over_data and not normalised else 0.0
-
-    again = torch.zeros(num_rows, dtype=torch.int64, device=device) if repeated is None else repeated
-    other_anchors, other_texts = sum(row_sizes) - 1, num_drawn - own_negatives
-    weights = [
-        [
-            [weight_of("query_to_query", other_anchors, times), 0.0],
-            [weight_of("doc_to_query", other_anchors, times), weight_of("doc_to_doc", other_texts, times)],
-        ]
-        for times in range(1 + max([0, *again.tolist()]))
-    ]
-    # 2. The records of rows and candidates.
     known = side.log_weight or LogWeights(queries=Examples(), candidates=Examples())
     known.refuse_pairs("other kinds of pairs (joint)")
-    pair = torch.arange(num_rows, device=device) + distributed.own_part(row_sizes).start
+    owner = _owners(known.candidates, num_rows, num_columns, kinds, device)
+    first = distributed.own_part(row_sizes).start
     # Weights count every way by which a text comes to a row, its own explicit negatives too: none may be left out.
-    owner = behind(pair.repeat(1 if normalised else 1 + own_negatives), num_columns)
-    as_anchor = known.queries.with_columns(pair_number=pair, pair_side=torch.full_like(pair, ANCHOR), pair_again=again)
-    as_text = known.candidates.with_columns(
-        pair_number=owner, pair_side=torch.full_like(owner, TEXT), pair_again=behind(again, num_columns)
-    )
+    number = behind(owner[:num_rows] + first, num_columns) if known.normalised else owner + first
+    sides = (torch.full_like(number, kind) for kind in (ANCHOR, TEXT))
+    of_anchors, of_texts = ({"pair_number": number, "pair_side": column} for column in sides)
+    as_anchor = known.queries.with_columns(**{name: column[:num_rows] for name, column in of_anchors.items()})
+    as_text = known.candidates.with_columns(**of_texts)
     positives, negatives = as_text.take(slice(0, num_rows)), as_text.take(slice(num_rows, num_columns))
+    # 2. Which kinds count. Over the data each stands for as many rows as the candidates do, by their numbers.
+    again = torch.zeros(num_rows, dtype=torch.int64, device=device) if repeated is None else repeated
+    other_anchors = again.new_full((num_rows,), sum(row_sizes) - 1)
+    other_texts = num_drawn + 1 - torch.bincount(owner, minlength=num_rows)
+    weights = torch.full((num_rows, 2, 2), -torch.inf, dtype=torch.float64, device=device)
+    weights[:, ANCHOR, TEXT] = 0.0
+    for kind, place, count in (
+        ("query_to_query", (ANCHOR, ANCHOR), other_anchors),
+        ("doc_to_query", (TEXT, ANCHOR), other_anchors),
+        ("doc_to_doc", (TEXT, TEXT), other_texts),
+    ):
+        if kind in kinds:
+            ratio = (num_drawn - again).clamp(min=1) / (count - again).clamp(min=1).double()
+            weights[:, *place] = ratio.log() if over_data and not known.normalised else 0.0
     twice = kinds != ("query_to_query",)
     log_weight = LogWeights(
         queries=as_anchor.followed_by(positives) if twice else as_anchor,
         candidates=positives.followed_by(as_anchor).followed_by(negatives),
-        terms=(Kinds(torch.tensor(weights, dtype=torch.float64, device=device), known.terms, normalised),),
+        terms=(Kinds(weights, first, known.terms, known.normalised),),
     )
     # 3. The engine.
     texts = candidates[:num_rows]
@@ -125,13 +116,31 @@ def joint_softmax_loss(
     return loss, (_by_pair(stats, num_rows) if twice else stats,)
 
 
+def _owners(
+    candidates: Examples, num_rows: int, num_columns: int, kinds: tuple[Kind, ...], device: torch.device
+) -> Tensor:
+    """(M,) whose each candidate is, by the place of its pair: as the records say, else as many for each anchor."""
+    own, owner = torch.arange(num_rows, device=device), candidates.get("owner")
+    if owner is not None:
+        return torch.cat([own, owner[num_rows:]])
+    own_negatives, rest = divmod(num_columns - num_rows, max(1, num_rows))
+    if rest and "doc_to_doc" in kinds:
+        raise AnybatchError(
+            f"joint has doc_to_doc, and the batch {num_columns - num_rows} explicit negatives for {num_rows} anchors, "
+            "without a word on whose each is: a text's own are not its negatives. Expected the same number for each, "
+            "or the arguments that RowTable makes."
+        )
+    return own.repeat(1 + own_negatives + (rest > 0))[:num_columns]
+
+
 @dataclass(frozen=True, eq=False)
 class Kinds:
     """Which pairs count, by what the two are of their pairs; the other terms, as each kind of pair needs them.
 
     Args:
-        weights: (R, 2, 2) log-weights by how often the query's row comes again, its side and the candidate's; -inf for
-            kinds that do not count.
+        weights: (B, 2, 2) log-weights by the query's pair, of this rank, its side and the candidate's; -inf for kinds
+            that do not count.
+        first: Number of this rank's first pair.
         terms: Those of the anchors and their candidates. Candidates that are anchors are asked about as in the
             candidate-to-anchor direction. Of two anchors or two texts what is masked in either order is masked.
         normalised: See `Term`.
@@ -141,12 +150,13 @@ class Kinds:
     """
 
     weights: Tensor
+    first: int
     terms: tuple[Term, ...]
     normalised: bool
 
     def __call__(self, queries: Examples, candidates: Examples, *, back: bool) -> Tensor:
         """See `Term`."""
-        weights = self.weights[queries["pair_again"], queries["pair_side"]][:, candidates["pair_side"]]
+        weights = self.weights[queries["pair_number"] - self.first, queries["pair_side"]][:, candidates["pair_side"]]
         same_side = queries["pair_side"][:, None] == candidates["pair_side"]
         weights.masked_fill_(same_side & (queries["pair_number"][:, None] == candidates["pair_number"]), -torch.inf)
         for term in self.terms:

@@ -100,6 +100,7 @@ class SoftmaxStats:
     log_denominator: Tensor  # (B,) the rule's answer
     objective: Tensor  # (B,) the rule's answer, before the row weight
     num_negatives: Tensor  # (B,) negatives not removed
+    log_hardness: Tensor | None = None  # (B,) log of the mean factor of the negatives, see `Side.hardness`
     # (B,) -row_weight_i sum_j p_ij (s_ij - s_ip) / tau_i^2, by tau_i through the logits; None when no gradient was
     # wanted, or the temperature is a scalar that needs none.
     temperature_gradient: Tensor | None = None
