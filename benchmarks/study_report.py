@@ -16,7 +16,8 @@ from anybatch.insight.charts import COLOURS
 from anybatch.losses.registry import LARGEST_REMEMBERING
 
 Where = tuple[str, str, str, str, int]  # student, budget, task, arm, batch size
-MINED = ("arxiv",)  # tasks whose mined plan passes all marks: `python -m benchmarks.mined_or_random`, docs/log.md
+ASIDE = ("mixture", "arxiv60k")  # told beside the five tasks
+MINED = ("arxiv", "arxiv60k")  # whose mined plans pass all marks: `python -m benchmarks.mined_or_random`, docs/log.md
 SIZES = (16, 64, 256, 1024)
 DRAWN = {
     "random/infonce": "InfoNCE",
@@ -143,7 +144,7 @@ def _aims(results: Results, students: Sequence[str]) -> str:
     for student in students:
         places = [(where[2], where[4]) for where in results.asked if where[:2] == (student, "pairs")]
         places = sorted(set(places), key=lambda place: (results.tasks.index(place[0]), place[1]))
-        single = [task for task, size in places if (task != "mixture", size) == (True, 64)]
+        single = [task for task, size in places if task not in ASIDE and size == 64]
         large = [task for task, size in places if size == 1024]
 
         def cell(task: str, arm: str, size: int = 64, budget: str = "pairs", student: str = student) -> Figure | None:

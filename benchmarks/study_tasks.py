@@ -1,6 +1,7 @@
 """The data of the study: five tasks and a mixture, each with training pairs and searches to be tuned and tested on.
 
 arxiv        title -> abstract; searched among the abstracts of all splits
+arxiv60k     the same searches, with six times the training pairs
 scifact      title or claim -> abstract; the claims are searched for among all abstracts (without their titles)
 snli         premise -> what it entails, of dev; those of test are searched among the hypotheses of both
 docstrings   first paragraph of a docstring -> body of the function, from the library of the running CPython
@@ -31,7 +32,8 @@ from anybatch.core.files import digest_of
 from anybatch.data.retrieval import RetrievalData, read_retrieval
 
 TEXTS = ("arxiv", "scifact", "snli", "docstrings")
-ARXIV = {"train": 10_000, "dev": 1_000, "test": 2_000}
+ARXIV = {"train": 10_000, "dev": 1_000, "test": 2_000}  # rows that are searched
+ARXIV_PAIRS = {"arxiv": 10_000, "arxiv60k": 60_000}
 MIXED, PIXELS, TEACHER_TOKENS = 5_000, 16, 64
 Inputs = Sequence[str] | np.ndarray  # texts, or uint8 pictures (n, 3, PIXELS, PIXELS)
 
@@ -88,8 +90,8 @@ def load_task(name: str, data: Path, *, limit: int | None = None) -> Task:
         return _mixture([load_task(part, data, limit=limit) for part in TEXTS])
     if name == "docstrings":
         return _docstrings()
-    if name == "arxiv":
-        return _arxiv(data / "arxiv-title-abstract", limit)
+    if name in ARXIV_PAIRS:
+        return _arxiv(name, data / "arxiv-title-abstract", limit or ARXIV_PAIRS[name])
     others: dict[str, Callable[[Path], Task]] = {"scifact": _scifact, "snli": _snli, "emoji": _emoji}
     return others[name](data / {"scifact": "scifact", "snli": "snli-devtest", "emoji": "emoji-captions"}[name])
 
@@ -135,12 +137,11 @@ def _teacher(model: str) -> Any:
     return teacher
 
 
-def _arxiv(folder: Path, limit: int | None) -> Task:
-    sizes = ARXIV | ({"train": limit} if limit else {})
-    rows = {split: _lines(folder / f"{split}.jsonl.gz")[:size] for split, size in sizes.items()}
-    corpus = [row["abstract"] for split in sizes for row in rows[split]]
+def _arxiv(name: str, folder: Path, limit: int) -> Task:
+    rows = {split: _lines(folder / f"{split}.jsonl.gz") for split in ARXIV}
+    corpus = [row["abstract"] for split, size in ARXIV.items() for row in rows[split][:size]]
     place = {text: number for number, text in enumerate(corpus)}
-    train, dev, test = rows.values()
+    train, dev, test = rows["train"][:limit], rows["dev"][: ARXIV["dev"]], rows["test"][: ARXIV["test"]]
     searches = [
         Search(
             queries=[row["title"] for row in some],
@@ -150,7 +151,7 @@ def _arxiv(folder: Path, limit: int | None) -> Task:
         for some in (dev, test)
     ]
     return Task(
-        name="arxiv",
+        name=name,
         anchors=[row["title"] for row in train],
         positives=[row["abstract"] for row in train],
         dev=searches[:1],
