@@ -13,7 +13,7 @@ from typing import Any
 
 from anybatch.insight import markdown_table
 from anybatch.insight.charts import COLOURS
-from anybatch.losses.registry import LARGEST_REMEMBERING
+from anybatch.losses.registry import recommended
 
 Where = tuple[str, str, str, str, int]  # student, budget, task, arm, batch size
 ASIDE = ("mixture", "arxiv60k")  # told beside the five tasks
@@ -59,7 +59,9 @@ class Results:
         asked: Sequence[Where],
     ) -> None:
         runs: dict[Where, dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+        self.rows: dict[str, int] = {}
         for line in lines:
+            self.rows[line["task"]] = line["rows"]
             where = (line["student"], line["budget"], line["task"], line["arm"], line["batch_size"])
             runs[where][line["rate"]][line["seed"]] = line
         found: dict[Where, tuple[list[float], bool]] = {}
@@ -87,8 +89,8 @@ class Results:
 
     def recommended(self, student: str, task: str, size: int, teacher: bool) -> str:
         """What `loss: auto` and `mining: auto` take (`anybatch.run.recipe`)."""
-        remembers = size <= LARGEST_REMEMBERING and not student.startswith("layers")
-        loss = "cross_batch" if remembers else "corrected"
+        name, _ = recommended(size, self.rows.get(task, 0), pretrained=student.startswith("layers"))
+        loss = {"count_corrected": "corrected"}.get(name, name)
         return f"ours/{loss}" if teacher and task in MINED else self.base(task, loss)
 
 

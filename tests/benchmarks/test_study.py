@@ -92,8 +92,10 @@ def call(monkeypatch, folder, *arguments):
 def test_every_task_and_arm_runs_and_resumes(data, monkeypatch):
     small = ["--students", "small", "--sizes", "16", "--budgets", "pairs", "--steps", "1"]
     lines = call(monkeypatch, data, *small, "--arms", "random/infonce", "ours/corrected", "within/cross_batch")
-    assert {line["task"] for line in lines} == set(study.TASKS)
-    for task in study.TASKS:
+    tasks = [task for task in study.TASKS if task != "arxiv60k"]  # which is run at 64
+    assert [len(study_tasks.load_task(task, data)) for task in ("arxiv", "arxiv60k")] == [64, 64]
+    assert {line["task"] for line in lines} == set(tasks)
+    for task in tasks:
         for arm in ("random/infonce", "ours/corrected"):
             runs = [line for line in lines if (line["task"], line["arm"]) == (task, arm)]
             rates = {line["rate"] for line in runs}
@@ -112,7 +114,7 @@ def test_every_task_and_arm_runs_and_resumes(data, monkeypatch):
     assert len(again) == len(lines)
     assert all({key: value for key, value in line.items() if key not in drop} in kept for line in again)
     assert "## arxiv, small, equal pairs" in (data / "study.md").read_text()
-    assert (data / "quality.svg").read_text().count("<polyline") == 5 * len(study.TASKS)
+    assert (data / "quality.svg").read_text().count("<polyline") == 5 * len(tasks)
 
 
 @pytest.mark.parametrize("arm", [arm for arm in study.REST if arm != "published/infonce"])
@@ -182,7 +184,15 @@ def lines_of(**figures):
     """Three rates and seeds an arm, of which the middle rate is best."""
     return [
         {
-            **{"student": "small", "budget": "pairs", "task": task, "batch_size": 64, "arm": arm, "rate": rate},
+            **{
+                "student": "small",
+                "budget": "pairs",
+                "task": task,
+                "batch_size": 64,
+                "arm": arm,
+                "rate": rate,
+                "rows": 10_000,
+            },
             **{"seed": seed, "dev": 0.5 - abs(rate - 2), "test": figure + seed / 1000 - (rate != 2)},
         }
         for task in ("arxiv", "snli", "emoji")

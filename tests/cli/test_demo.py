@@ -44,7 +44,9 @@ def test_the_demo(small, tmp_path, capfd):
             run = json.loads((folder / "runs" / f"{name}-{size}-0" / "metrics.json").read_text())
             assert run["num_steps"] * size == demo.PASSES * demo.PAIRS
             assert (folder / "runs" / f"{name}-{size}-0" / "model").is_dir()
-    assert "name: cross_batch" in (folder / "runs" / "recommended-32-1" / "config.yaml").read_text()
+    assert (
+        "name: count_corrected" in (folder / "runs" / "recommended-32-1" / "config.yaml").read_text()
+    )  # of so few rows
     assert "name: infonce" in (folder / "runs" / "InfoNCE-32-1" / "config.yaml").read_text()
     assert {path.name for path in folder.iterdir()} == {
         "mined",

@@ -86,11 +86,16 @@ def remembering():
     return CrossBatchInfoNCE(ROWS, temperature=0.05)
 
 
-@pytest.mark.parametrize(("batch_size", "kind"), [(8, CrossBatchInfoNCE), (512, CountCorrectedInfoNCE)])
-def test_word_vectors_remember_earlier_batches_if_these_are_small(batch_size, kind, tiny_model_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "num_rows", "kind"),
+    [(8, 2_640, CrossBatchInfoNCE), (8, 600, CountCorrectedInfoNCE), (512, 600, CountCorrectedInfoNCE)],
+)
+def test_word_vectors_remember_earlier_batches_if_these_are_small(
+    batch_size, num_rows, kind, tiny_model_folder, tmp_path
+):
     words = StaticEmbedding(load(tiny_model_folder).tokenizer, embedding_dim=4)
     model = SentenceTransformer(modules=[words], device="cpu")
-    training = Trainer(model, arguments(tmp_path, per_device_train_batch_size=batch_size), dataset(600))
+    training = Trainer(model, arguments(tmp_path, per_device_train_batch_size=batch_size), dataset(num_rows))
     assert isinstance(training.loss.loss, kind)
 
 

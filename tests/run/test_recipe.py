@@ -18,7 +18,7 @@ from anybatch.run.read_data import read_training_pairs
 from anybatch.run.recipe import with_batches, with_recipe
 
 CONFIG = RunConfig(output="run", data=DataConfig(path="pairs.jsonl"))
-PAIRS = PairData(anchors=["a", "b"], positives=["c", "d"])
+PAIRS = PairData(anchors=["a", "b"] * 2_560, positives=["c", "d"] * 2_560)
 TEACHER = TeacherConfig(name="teacher")
 MINED = MiningConfig(method="anybatch")
 
@@ -28,11 +28,20 @@ def test_a_transformer_remembers_nothing():
     assert (config.loss.name, config.mining.method, config.loss.weights) == ("count_corrected", "random", "none")
 
 
-@pytest.mark.parametrize(("batch_size", "name"), [(2, "cross_batch"), (256, "cross_batch"), (512, "count_corrected")])
-def test_the_batch_decides_the_loss(batch_size, name):
-    config = with_recipe(replace(CONFIG, batch_size=batch_size), PAIRS, None, pretrained=False)
+@pytest.mark.parametrize(
+    ("batch_size", "num_rows", "name"),
+    [
+        (2, 5_120, "cross_batch"),
+        (256, 5_120, "cross_batch"),
+        (256, 5_119, "count_corrected"),
+        (512, 5_120, "count_corrected"),
+    ],
+)
+def test_batch_and_rows_decide_the_loss(batch_size, num_rows, name):
+    pairs = PairData(anchors=PAIRS.anchors[:num_rows], positives=PAIRS.positives[:num_rows])
+    config = with_recipe(replace(CONFIG, batch_size=batch_size), pairs, None, pretrained=False)
     assert (config.loss.name, config.mining.method, config.loss.weights) == (name, "random", "none")
-    assert with_recipe(config, PAIRS, None, pretrained=False) == config
+    assert with_recipe(config, pairs, None, pretrained=False) == config
 
 
 def test_with_a_teacher_the_mined_plan_decides_and_the_loss_agrees():
@@ -54,7 +63,7 @@ def test_images_are_not_mined_and_the_unused_teacher_is_named(caplog, tmp_path):
     caplog.set_level("INFO", "anybatch")
     pairs = PairData(anchors=ImageColumn.of_paths(["a.png", "b.png"], tmp_path, "pairs"), positives=["c", "d"])
     config = with_recipe(replace(CONFIG, teacher=TEACHER), pairs, None, pretrained=False)
-    assert (config.mining.method, config.loss.name, config.loss.weights) == ("random", "cross_batch", "none")
+    assert (config.mining.method, config.loss.name, config.loss.weights) == ("random", "count_corrected", "none")
     assert "the teacher is not used" in caplog.text
 
 

@@ -39,6 +39,8 @@ METHODS: dict[str, str] = {
     "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
 LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
+REMEMBERED = 256  # `CrossBatchInfoNCE`'s default
+LEAST_ROWS = 10  # times the rows of a batch and a memory: of fewer there is little that a memory could add
 AUTO = "auto"  # a method by rule: the run, which knows its data, says which (`LossConfig.named`)
 # Options of every method that the rule may choose: given beside "auto" they hold for it.
 AUTO_OPTIONS = ("temperature", "learnable_temperature", "direction", "mask_margin")
@@ -102,17 +104,19 @@ def _plain(hint: Any) -> Any:
     return typing.Union[tuple(plain + [choice for choice in choices if choice is type(None)])]  # noqa: UP007
 
 
-def recommended(batch_size: int, *, pretrained: bool) -> tuple[str, str]:
-    """The method for "auto" at a batch over all ranks, and why; the evidence is in docs/recipe.md.
+def recommended(batch_size: int, num_rows: int, *, pretrained: bool) -> tuple[str, str]:
+    """The method for "auto" at a batch over all ranks and rows of data, and why; the evidence is in docs/recipe.md.
 
-    >>> recommended(64, pretrained=False)
+    >>> recommended(64, 10_000, pretrained=False)
     ('cross_batch', 'recent pairs serve as further negatives')
     """
     if pretrained:
         return "count_corrected", "a transformer: the batch's negatives stand for all rows, none is remembered"
-    if batch_size <= LARGEST_REMEMBERING:
-        return "cross_batch", "recent pairs serve as further negatives"
-    return "count_corrected", "its negatives stand for all rows"
+    if batch_size > LARGEST_REMEMBERING:
+        return "count_corrected", "its negatives stand for all rows"
+    if num_rows < LEAST_ROWS * (batch_size + REMEMBERED):
+        return "count_corrected", f"with {num_rows:,} rows its negatives stand for all, and a memory adds little"
+    return "cross_batch", "recent pairs serve as further negatives"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)

@@ -58,7 +58,7 @@ def recipe(
         choices.append(Choice("mining.method", method, why))
     loss = config.loss
     if loss.name == AUTO:
-        name, why = recommended(config.batch_size, pretrained=pretrained)
+        name, why = recommended(config.batch_size, len(pairs), pretrained=pretrained)
         loss = loss.named(name)
         choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
     config, asked = replace(config, loss=loss), loss

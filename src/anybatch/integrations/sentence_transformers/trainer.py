@@ -183,7 +183,8 @@ class Trainer(SentenceTransformerTrainer):
     def get_default_loss(self, model: Any) -> nn.Module:
         """The recommended loss for the batch size, and for the plan."""
         batch = self.args.per_device_train_batch_size * distributed.world_size()
-        name, why = recommended(batch, pretrained=is_pretrained(model))
+        num_rows = len(self._ids["anchor_id"]) if self._numbered else 2
+        name, why = recommended(batch, num_rows, pretrained=is_pretrained(model))
         why = f"batches of {batch}: {why}"
         if not self._numbered or len(self.plans) > 1:
             name = "InfoNCE"
@@ -191,7 +192,7 @@ class Trainer(SentenceTransformerTrainer):
         if distributed.rank() == 0:  # to whoever set no level of logging as well
             logger.warning("Recommended: %s, temperature 0.05 (%s). See docs/recipe.md.", name, why)
         self._recommended = f" (recommended: {why})"
-        return build_loss(LossConfig(name=name.lower()), num_rows=len(self._ids["anchor_id"]) if self._numbered else 2)
+        return build_loss(LossConfig(name=name.lower()), num_rows=num_rows)
 
     def prepare_loss(self, loss: Any, model: Any) -> nn.Module:
         """A loss of ours is put behind the cached step, and told what is known of the rows."""
