@@ -61,6 +61,7 @@ BATCHES: dict[str, dict[str, Any]] = {
     "within": {"method": "random"},
     "published": {"method": "published"},
     "published+negatives": {"method": "published", "num_negatives": 2},
+    "saha": {"method": "saha"},
     "ours": {},
     "ours+half": {},
     "ours+negatives": {"num_negatives": 2},
@@ -86,6 +87,7 @@ REST = (
     "random/sogclr-relative",
     *("ours+negatives/infonce", "ours+negatives/corrected", "ours+negatives/cross_batch"),
     *("ours+half/infonce", "ours+half/corrected", "published+negatives/infonce", "random/fresh"),
+    "saha/infonce",
     *("ours+unpenalised/infonce", "ours+unpenalised/corrected"),
 )
 COLD = (
