@@ -89,9 +89,11 @@ class Results:
 
     def recommended(self, student: str, task: str, size: int, teacher: bool) -> str:
         """What `loss: auto` and `mining: auto` take (`anybatch.run.recipe`)."""
-        name, _ = recommended(size, self.rows.get(task, 0), pretrained=student.startswith("layers"))
+        pretrained = student.startswith("layers")
+        mined = teacher and pretrained and task in MINED
+        name, _ = recommended(size, self.rows.get(task, 0), pretrained=pretrained, mined=mined)
         loss = {"count_corrected": "corrected"}.get(name, name)
-        return f"ours/{loss}" if teacher and task in MINED else self.base(task, loss)
+        return f"ours/{loss}" if mined else self.base(task, loss)
 
 
 def _pooled(found: Mapping[Where, tuple[list[float], bool]], where: Where) -> float:

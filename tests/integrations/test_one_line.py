@@ -179,13 +179,14 @@ def test_a_plan_brings_its_batches_weights_and_masks(tiny_model_folder, tmp_path
         training = Trainer(load(tiny_model_folder), args, dataset(), plan=given)
         assert isinstance(training.args.batch_sampler, PlanBatches)
         assert not isinstance(args.batch_sampler, PlanBatches)  # the user's stay as they are
-        assert training.loss.rows.weights == "inclusion"
+        assert isinstance(training.loss.loss, InfoNCE)  # recommended for a transformer on mined batches
+        assert training.loss.rows.weights == "none"
         assert training.loss.rows.suspects is not None
     training.train()
-    plain = Trainer(
-        load(tiny_model_folder), arguments(tmp_path / "b"), dataset(), loss=InfoNCE(temperature=0.05), plan=plan
+    corrected = Trainer(
+        load(tiny_model_folder), arguments(tmp_path / "b"), dataset(), loss=CountCorrectedInfoNCE(ROWS), plan=plan
     )
-    assert plain.loss.rows.weights == "none"
+    assert corrected.loss.rows.weights == "inclusion"
     args = arguments(tmp_path / "c")
     args.per_device_train_batch_size = 16
     wrong = Trainer(load(tiny_model_folder), args, dataset(), plan=plan)

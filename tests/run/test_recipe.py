@@ -44,17 +44,44 @@ def test_batch_and_rows_decide_the_loss(batch_size, num_rows, name):
     assert with_recipe(config, pairs, None, pretrained=False) == config
 
 
-def test_with_a_teacher_the_mined_plan_decides_and_the_loss_agrees():
+@pytest.mark.parametrize(
+    ("given", "name", "mined", "random"),
+    [
+        ({}, "auto", ("infonce", "none"), ("count_corrected", "none")),
+        ({"weights": "inclusion"}, "count_corrected", ("count_corrected", "inclusion"), None),
+        ({"name": "sogclr"}, "sogclr", ("sogclr", "inclusion"), ("sogclr", "none")),
+    ],
+)
+def test_with_a_teacher_the_mined_plan_decides_and_the_loss_agrees(given, name, mined, random):
     """The mined plan decides, so the configuration that is kept, and resumed with, says "auto"."""
-    config = with_recipe(replace(CONFIG, teacher=TEACHER), PAIRS, None, pretrained=False)
-    assert (config.mining.method, config.loss.weights, config.loss.mask_suspects) == ("auto",) * 3
-    assert with_recipe(config, PAIRS, None, pretrained=False) == config
-    for mined, settled in ((True, ("anybatch", "inclusion", True)), (False, ("random", "none", False))):
-        after = with_batches(config, mined=mined)
-        assert (after.mining.method, after.loss.weights, after.loss.mask_suspects) == settled
-    negatives = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(num_negatives=2))  # random batches bring none
+    asked = replace(CONFIG, teacher=TEACHER, loss=LossConfig(**given))
+    config = with_recipe(asked, PAIRS, None, pretrained=True)
+    assert (config.mining.method, config.loss.name, config.loss.mask_suspects) == ("auto", name, "auto")
+    assert with_recipe(config, PAIRS, None, pretrained=True) == config
+    for are_mined, expected in ((True, mined), (False, random)):
+        if expected is not None:
+            after = with_batches(config, mined=are_mined)
+            assert (after.mining.method, after.loss.mask_suspects) == (
+                "anybatch" if are_mined else "random",
+                are_mined,
+            )
+            assert (after.loss.name, after.loss.weights) == expected
+    named = replace(asked, mining=MINED)
+    settled = with_recipe(named, PAIRS, None, pretrained=True).loss
+    assert (settled.name, settled.weights, settled.mask_suspects) == (*mined, True)
+
+
+def test_the_teacher_of_a_model_that_remembers(caplog):
+    caplog.set_level("INFO", "anybatch")
+    asked = replace(CONFIG, teacher=TEACHER)
+    config = with_recipe(asked, PAIRS, None, pretrained=False)
+    assert (config.mining.method, config.loss.name) == ("random", "cross_batch")
+    assert "the teacher is not used: under the loss that is recommended here" in caplog.text
+    negatives = replace(asked, mining=MiningConfig(num_negatives=2))  # random batches bring none
     assert with_recipe(negatives, PAIRS, None, pretrained=False).mining.method == "anybatch"
-    chosen = replace(CONFIG, teacher=TEACHER, mining=MiningConfig(method="random"))
+    plain = replace(asked, loss=LossConfig(name="infonce"))
+    assert with_recipe(plain, PAIRS, None, pretrained=False).mining.method == "auto"
+    chosen = replace(asked, mining=MiningConfig(method="random"))
     assert with_recipe(chosen, PAIRS, None, pretrained=False).loss.weights == "none"
 
 

@@ -27,9 +27,9 @@ WHY = {  # what a figure of `marks` is, and what it was in the study
     "hard if it knows the pairs. It falls as data grow. A question, no verdict: a weak teacher's batches once trained "
     "no worse.",
     "softmax mass in the batch": "Share of the negatives' softmax mass over the whole data set, under the teacher, "
-    "that an anchor's batch holds: what mining is for. The study's plans, batches of 64, had 1.6 to 7.4 times.",
+    "that an anchor's batch holds: what mining is for. The study's plans, batches of 64, had 1.6 to 10.4 times.",
     "softmax mass masked": "Share that mining suspects of being right, which loss.mask_suspects removes: of that the "
-    "model learns nothing. The study's text tasks had 14% to 49%.",
+    "model learns nothing. The study's text tasks had 24% to 49%.",
     "suspected false negatives per anchor": "Negatives in its batch that mining suspects of being right (where it did "
     f"not look, those that score above {MARGIN:g} of the own positive). Read some of them. The study's plans had .01 "
     "to .3.",

@@ -182,7 +182,8 @@ def _sized(
 
     def cost_of(config: RunConfig, seconds: float) -> StepCost:
         progress("steps", 0, 1)
-        cost = step_cost(recipe(config, pairs, pretrained=is_pretrained(model))[0], pairs, model, seconds=seconds)
+        config, _ = recipe(config, pairs, pretrained=is_pretrained(model))
+        cost = step_cost(with_batches(config, mined=True), pairs, model, seconds=seconds)
         progress("steps", 1, 1)
         return cost
 

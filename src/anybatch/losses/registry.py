@@ -104,12 +104,14 @@ def _plain(hint: Any) -> Any:
     return typing.Union[tuple(plain + [choice for choice in choices if choice is type(None)])]  # noqa: UP007
 
 
-def recommended(batch_size: int, num_rows: int, *, pretrained: bool) -> tuple[str, str]:
+def recommended(batch_size: int, num_rows: int, *, pretrained: bool, mined: bool = False) -> tuple[str, str]:
     """The method for "auto" at a batch over all ranks and rows of data, and why; the evidence is in docs/recipe.md.
 
     >>> recommended(64, 10_000, pretrained=False)
     ('cross_batch', 'recent pairs serve as further negatives')
     """
+    if pretrained and mined:
+        return "infonce", "a transformer on mined batches, whose negatives are hard already"
     if pretrained:
         return "count_corrected", "a transformer: the batch's negatives stand for all rows, none is remembered"
     if batch_size > LARGEST_REMEMBERING:

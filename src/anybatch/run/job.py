@@ -70,7 +70,7 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
         # 2. Of a new run, refuse now what mining or the cached step would refuse hours later.
         if not resume:
             check_start(config, pairs, plan)
-            try_step(config, pairs, model, plan)
+            try_step(with_batches(config, mined=True), pairs, model, plan)
 
         # 3. Hold the folder against all others.
         with open_run(config, resume=resume) as folder:

@@ -38,8 +38,8 @@ def recipe(
     """The configuration with a method in place of each "auto", and what was chosen.
 
     `plan` is the one that the configuration names; `pretrained` tells of the model, see `is_pretrained`. With a teacher
-    "auto" stays where the mined plan's figures decide, see `with_batches`. The same configuration and data give the
-    same recipe, so that a run is resumed with it.
+    "auto" stays where the mined plan's figures decide, on the loss too: see `with_batches`. The same configuration and
+    data give the same recipe, so that a run is resumed with it.
 
     Raises:
         AnybatchError: Settings given beside "auto" that what is chosen does not have.
@@ -52,18 +52,25 @@ def recipe(
             method, why = "anybatch", "hard negatives are mined, by a teacher"
         elif teacher and pairs.has_images:
             why = "the teacher is not used: with images mined batches lost"
+        elif teacher and config.loss.name == AUTO and not pretrained:
+            why = "the teacher is not used: under the loss that is recommended here mined batches gained nothing"
         elif teacher:
             method, why = AUTO, "a teacher is named: mined batches if all their figures are good, else random ones"
         config = replace(config, mining=replace(config.mining, method=method))
         choices.append(Choice("mining.method", method, why))
+    mined = plan is not None and plan.cluster_size > 1
+    if config.plan is None:
+        mined = None if config.mining.method == AUTO else config.mining.method != "random"
     loss = config.loss
-    if loss.name == AUTO:
-        name, why = recommended(config.batch_size, len(pairs), pretrained=pretrained)
+    if loss.name == AUTO and mined is None and loss.weights != "inclusion":
+        choices.append(Choice("loss.name", AUTO, "a transformer: infonce on mined batches, else count_corrected"))
+    elif loss.name == AUTO:
+        plain = bool(mined) and loss.weights != "inclusion"  # which InfoNCE does not define
+        name, why = recommended(config.batch_size, len(pairs), pretrained=pretrained, mined=plain)
         loss = loss.named(name)
         choices.append(Choice("loss.name", loss.name, f"batches of {config.batch_size}: {why}"))
     config, asked = replace(config, loss=loss), loss
-    if config.plan is not None or config.mining.method != AUTO:
-        mined = config.mining.method != "random" if config.plan is None else plan is not None and plan.cluster_size > 1
+    if mined is not None:
         config = with_batches(config, mined=mined)
         if asked.weights == AUTO and config.loss.weights == "inclusion":
             choices.append(Choice("loss.weights", "inclusion", "mined batches are no uniform sample"))
@@ -77,6 +84,8 @@ def with_batches(config: RunConfig, *, mined: bool) -> RunConfig:
     loss, mining = config.loss, config.mining
     if mining.method == AUTO:
         mining = replace(mining, method="anybatch" if mined else "random")
+    if loss.name == AUTO:  # of a transformer, see `recipe`
+        loss = loss.named(recommended(config.batch_size, 0, pretrained=True, mined=mined)[0])
     if loss.weights == AUTO:
         loss = replace(loss, weights="inclusion" if mined and loss.example().over_data else "none")
     if loss.mask_suspects == AUTO:

@@ -184,7 +184,8 @@ class Trainer(SentenceTransformerTrainer):
         """The recommended loss for the batch size, and for the plan."""
         batch = self.args.per_device_train_batch_size * distributed.world_size()
         num_rows = len(self._ids["anchor_id"]) if self._numbered else 2
-        name, why = recommended(batch, num_rows, pretrained=is_pretrained(model))
+        mined = any(plan.cluster_size > 1 for plan in self.plans)
+        name, why = recommended(batch, num_rows, pretrained=is_pretrained(model), mined=mined)
         why = f"batches of {batch}: {why}"
         if not self._numbered or len(self.plans) > 1:
             name = "InfoNCE"
