@@ -44,6 +44,11 @@ def test_a_sound_run_is_exact(run, loss):
     assert "more, at most" not in doctor(*run, "--all")[1]
 
 
+def test_a_recipe_that_waits_for_the_plan(run, tiny_model_folder):
+    code, output = doctor(*run, "--teacher", str(tiny_model_folder))
+    assert (code, "Exact:" in output) == (0, True), output
+
+
 def test_names_of_parameters_are_whole(run, monkeypatch):
     narrow = Console(width=40, record=True, force_terminal=False, stderr=True)
     monkeypatch.setattr(progress, "console", narrow)

@@ -10,12 +10,15 @@ import sys
 
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from typer.testing import CliRunner
 
 from anybatch import __version__
 from anybatch.cli.app import app
 from anybatch.core.errors import AnybatchError
 from anybatch.plans.plan import BatchPlan
+from anybatch.run.config import read_config
 from anybatch.run.settings import settings_of
 from tests.cli.test_cli import run, settings
 from tests.conftest import sentence
@@ -126,6 +129,20 @@ def csv(tmp_path, monkeypatch):
     rows = [f"{sentence(n, 3)} {n},{sentence(n + 5, 6)} {n}" for n in range(300)]
     path.write_text("\n".join(["query,answer", *rows]) + "\n")
     return path
+
+
+def test_who_asks_for_mining_gets_it(csv, tiny_model_folder, tmp_path, caplog):
+    """And the recipe of the model that is to be trained, which `train --resume` goes on with."""
+    caplog.set_level("INFO", logger="anybatch")
+    words = StaticEmbedding(SentenceTransformer(str(tiny_model_folder), device="cpu").tokenizer, embedding_dim=4)
+    SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path / "words"))
+    teacher = ("--teacher", str(tiny_model_folder), "--batch-size", "32")
+    for model, name, weights in ((tiny_model_folder, "infonce", "none"), ("words", "count_corrected", "inclusion")):
+        folder = tmp_path / f"mined-{name}"
+        run("mine", "--data", csv.name, "--model", str(model), *teacher, "--output", str(folder))
+        kept = read_config(folder)
+        assert (kept.mining.method, kept.loss.name, kept.loss.weights) == ("anybatch", name, weights)
+    assert "if all their figures are good" not in caplog.text
 
 
 def test_a_run_from_two_names_alone(csv, tiny_model_folder, tmp_path, heard, caplog):

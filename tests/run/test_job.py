@@ -95,6 +95,7 @@ class TestAuto:
         assert "takes random batches" in why
         assert re.search(r"own positive first \d\.\d% \(good: 40% or more\)", why)
         assert caplog.text.count(why) == 1
+        assert "Taken: loss.name=count_corrected (recommended), mining.method=random (recommended)." in caplog.text
         assert "Before you train" not in caplog.text
         assert (told["plan"], told["warnings"], plan.meta["decision"]) == (plan.digest, [], why)
         card = (folder / "model" / "README.md").read_text(encoding="utf-8")
@@ -127,6 +128,7 @@ class TestAuto:
         plan = BatchPlan.load(Path(auto.output) / "plan.safetensors")
         assert "takes the mined batches, whose figures are all good" in plan.meta["decision"]
         assert plan.meta["decision"] in caplog.text
+        assert "Taken: loss.name=infonce (recommended), mining.method=anybatch (recommended)." in caplog.text
         named = replace(auto, output=str(tmp_path / "named"), mining=replace(self.AUTO, method="anybatch"))
         job.train(named)
         folders = (Path(auto.output), tmp_path / "named")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from anybatch.cli.options import ResumeOption, RunOptions, with_options
 from anybatch.cli.progress import Bars, say
 
@@ -13,17 +15,22 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     Under torchrun (`torchrun --nproc-per-node 4 -m anybatch mine ...`) the processes share embedding and search.
     """
     from anybatch.core.distributed import launched_ranks, rank
+    from anybatch.integrations.sentence_transformers.model import is_pretrained, load_model
+    from anybatch.losses.registry import AUTO
     from anybatch.run.folder import open_run
     from anybatch.run.make_plan import check_start, existing_plan, make_plan
     from anybatch.run.read_data import read_training_pairs
-    from anybatch.run.recipe import with_batches, with_recipe
+    from anybatch.run.recipe import with_recipe
 
     config = options.resolve(resume=resume)
     with launched_ranks():
         pairs = read_training_pairs(config)
         plan = existing_plan(config)
-        config = with_recipe(config, pairs, plan, pretrained=True)
-        config = with_batches(config, mined=True)  # who asks for mining gets it
+        named = config.teacher.name is not None or config.teacher.embeddings is not None
+        if config.plan is None and named and config.mining.method == AUTO:  # who asks for mining gets it
+            config = replace(config, mining=replace(config.mining, method="anybatch"))
+        pretrained = config.model.name is None or is_pretrained(load_model(config.model))
+        config = with_recipe(config, pairs, plan, pretrained=pretrained)
         if not resume:
             check_start(config, pairs, plan)
         with open_run(config, resume=resume) as folder, Bars(quiet=rank() > 0) as bars:

@@ -17,7 +17,7 @@ from anybatch.losses.rows import RowTable
 from anybatch.run.config import RunConfig
 from anybatch.run.make_plan import existing_plan
 from anybatch.run.read_data import read_training_pairs
-from anybatch.run.recipe import with_recipe
+from anybatch.run.recipe import with_batches, with_recipe
 from anybatch.run.try_step import check_kinds, inputs_of, precision_of, telling_rows
 from anybatch.vision.views import KEYS, both_ways
 
@@ -42,6 +42,7 @@ def examine(config: RunConfig, *, num_rows: int = 16) -> Verification:
     plan = existing_plan(config)
     model = load_model(config.model).train()
     config = with_recipe(config, pairs, plan, pretrained=is_pretrained(model))
+    config = with_batches(config, mined=True)  # what waits for a plan's figures, as for a good one
     check_kinds(config, pairs, model, plan)
     chosen = telling_rows(model, pairs, num_rows)[0]
     rows, inputs = len(chosen), inputs_of(model, pairs, chosen)

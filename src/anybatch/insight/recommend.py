@@ -155,7 +155,8 @@ def recommend(
                 "What mined batches hold depends on all rows, and so is not shown: run anybatch mine with these "
                 "options, then anybatch inspect plan on its folder."
             )
-        _look_at_teacher(found, sample, ranked, plan)
+        if not _look_at_teacher(found, sample, ranked, plan):
+            plan = BatchPlan.random(len(sample), config.batch_size, seed=config.seed)
         progress("teacher", 1, 1)
     if sample.sets or vectors[0].shape[1] > MOST_WIDTH:
         why = "each data set has an own, look at one by itself" if sample.sets else "the embeddings are too wide for it"
@@ -211,9 +212,9 @@ def _sized(
     return config, cost, why
 
 
-def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> None:
-    """How well it knows the pairs, and what mined batches hold."""
-    mined = plan.cluster_size > 1
+def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.ndarray, ...], plan: BatchPlan) -> bool:
+    """How well it knows the pairs, and what mined batches hold; whether a run would take these."""
+    taken = mined = plan.cluster_size > 1
     loss = with_batches(found.config, mined=mined).loss
     parts = inspect_plan(plan, *ranked, temperature=first_temperature(loss), **sample.ids)
     for name, seen in parts.items():
@@ -225,6 +226,7 @@ def _look_at_teacher(found: Recommendation, sample: PairData, ranked: tuple[np.n
             f"By these figures the run takes {'the mined' if taken else 'random'} batches (mining.method=auto); it "
             "decides by those of all rows."
         )
+    return taken
 
 
 def _look_at_gradients(

@@ -24,8 +24,8 @@ class InfoNCE(SoftmaxLoss):
         log_denominator_i = logaddexp(log_sum_i, 0)
         loss = mean_i log(1 + sum_j exp((s_ij - s_ip) / tau + b_ij))
 
-    When: the baseline, and large batches. When not: small batches, where its gradient is biased. Evidence:
-    docs/recipe.md.
+    When: transformers on mined batches: recommended; the baseline; large batches. When not: small random batches, where
+    its gradient is biased. Evidence: docs/recipe.md.
 
     Args:
         scoring: See `OneTemperature`.
@@ -85,8 +85,8 @@ class CountCorrectedInfoNCE(SoftmaxLoss):
     A masked candidate counts in k and adds nothing to the sum, as in the data set. With normalised log-weights (mined
     batches: `RowTable(weights="inclusion")`) log_mean_i is the weighted log-sum itself. No memory is needed.
 
-    When: transformers, and batches above 256: recommended. When not: mined batches without inclusion weights. Evidence:
-    docs/recipe.md.
+    When: transformers on random batches, and batches above 256: recommended. When not: mined batches without inclusion
+    weights. Evidence: docs/recipe.md.
 
     Args:
         num_rows: n, rows of the data set.

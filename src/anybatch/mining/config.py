@@ -30,8 +30,8 @@ class MiningConfig(Configuration):
             as released: mutual edges, METIS k-way, conflicts left out of the graph but not kept apart; cut to equal
             sizes, which plans need), "saha" (SaHa: texts of the first ranks whose anchors are far), "random"; to
             compare with: "kmeans" (cells of [anchor; positive]), "bandwidth" (GCBS), "loss_ordered" (OSGD under the
-            teacher). "auto": "anybatch"; in a run "random" without a teacher, with images, under the loss for models
-            that are no transformers, or where a figure of the mined plan is not good (docs/recipe.md).
+            teacher). "auto": "anybatch"; in a run "random" without a teacher, with images, for models that are no
+            transformers under loss.name "auto", or where a figure of the mined plan is not good (docs/recipe.md).
         batch_size: Rows of a batch, over all ranks.
         cluster_size: Rows that sit together; the batch is a multiple of it. "auto": the largest divisor of the batch up
             to a sixteenth of it, 2 to 32; 32 for "published", 8 for "saha".

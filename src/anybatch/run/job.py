@@ -21,6 +21,7 @@ from anybatch.integrations.sentence_transformers.model import (
 )
 from anybatch.integrations.sentence_transformers.training import check_shared_equally
 from anybatch.integrations.sentence_transformers.two_views import add_head
+from anybatch.losses.registry import AUTO
 from anybatch.run.config import RunConfig, RunResult
 from anybatch.run.evaluate_model import check_held_out, evaluate_model, untrained_figures
 from anybatch.run.folder import check_vacant, open_run, read_record, run_digest
@@ -84,7 +85,9 @@ def train(config: RunConfig, *, resume: bool = False, progress: Progress = no_pr
             why = plan.meta.get("decision") if config.plan is None else None
             if why and distributed.rank() == 0:
                 logger.info("%s See docs/recipe.md.", why)
-            config = with_batches(config, mined=plan.cluster_size > 1)
+            undecided, config = config.loss.name == AUTO, with_batches(config, mined=plan.cluster_size > 1)
+            if undecided and distributed.rank() == 0:
+                logger.info("Taken: %s.", recipe_line(asked, config))
             pairs = with_mined_negatives(pairs, plan)
 
             # 5. Measure the model as it is.

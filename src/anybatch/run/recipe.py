@@ -53,7 +53,7 @@ def recipe(
         elif teacher and pairs.has_images:
             why = "the teacher is not used: with images mined batches lost"
         elif teacher and config.loss.name == AUTO and not pretrained:
-            why = "the teacher is not used: under the loss that is recommended here mined batches gained nothing"
+            why = "the teacher is not used: under the loss that is recommended here mined batches gained little or lost"
         elif teacher:
             method, why = AUTO, "a teacher is named: mined batches if all their figures are good, else random ones"
         config = replace(config, mining=replace(config.mining, method=method))
