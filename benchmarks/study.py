@@ -1,15 +1,16 @@
 """The study: every lever at every batch size, on five tasks and a mixture, by students from scratch and pretrained.
 
 Usage: python -m benchmarks.study --data FOLDER --model FOLDER [--work FOLDER] [--results FILE] [--students ...]
-           [--tasks ...] [--arms ...] [--sizes ...] [--budgets ...]
+           [--tasks ...] [--arms ...] [--sizes ...] [--budgets ...] [--rates ...]
        python -m benchmarks.study --report
 
 --data holds the sets of `benchmarks.study_tasks`; --model is the teacher, all-MiniLM-L6-v2, from which the pretrained
 students are cut too (`benchmarks.small_models`). A cell is a task, student, arm, batch size and budget. Its rate is
 tuned: three rates, and on while the best is at the edge, each with three seeds, by the mean nDCG@10 on development
 queries; the figure is the mean on test queries at the best rate. A finished run is a line of --results, appended at
-once, and never run again: the command can be killed at any time and given again. The default order is `ORDER`. At the
-end, or at once with `--report`, study.md and quality.svg are written of all lines.
+once, and never run again: the command can be killed at any time and given again. Further --rates are run once a cell
+is tuned, and count like the others. The default order is `ORDER`. At the end, or at once with `--report`, study.md and
+quality.svg are written of all lines.
 
 Budgets: "pairs", as many training pairs for every batch size (`PASSES`); "steps", as many steps as `pairs` gives 64.
 Transformers see LARGE pairs of 32 tokens once, and search 500 queries in some 2,000 documents.
@@ -366,6 +367,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     for name, kind in (("students", str), ("tasks", str), ("arms", str), ("sizes", int), ("budgets", str)):
         parser.add_argument(f"--{name}", nargs="*", type=kind, default=[], help="of the default order, only these")
+    parser.add_argument("--rates", nargs="*", type=float, default=[], help="tried too, once a cell is tuned")
     parser.add_argument("--limit", type=int, help="only the first training pairs of arxiv")
     parser.add_argument("--steps", type=int, help="at most so many steps, to try it")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -377,6 +379,8 @@ def main() -> None:
     if not options.report:
         for cell in cells(options):
             study.tune(cell)
+            for rate in options.rates:
+                study.figure(cell, rate)
     asked = [(cell.student, cell.budget, cell.task, cell.arm, cell.batch_size) for cell in cells(None)]
     write(study.lines.lines, seeds=SEEDS, tasks=TASKS, asked=list(dict.fromkeys(asked)), out=options.out)
 

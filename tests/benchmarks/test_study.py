@@ -127,6 +127,14 @@ def test_the_other_arms_train(arm, data, monkeypatch):
     assert all(0 <= line["test"] <= 1 and line["steps"] <= 2 for line in lines)
 
 
+def test_further_rates_of_a_tuned_cell(data, monkeypatch):
+    one = ["--students", "small", "--sizes", 64, "--steps", 1, "--tasks", "arxiv", "--arms", "random/infonce"]
+    tuned = call(monkeypatch, data, *one, "--budgets", "pairs")
+    lines = call(monkeypatch, data, *one, "--budgets", "pairs", "--rates", "0.5")
+    assert lines[: len(tuned)] == tuned
+    assert [(line["rate"], line["seed"]) for line in lines[len(tuned) :]] == [(0.5, seed) for seed in study.SEEDS]
+
+
 def test_halves_are_weighed_exactly():
     num_rows = 60
     plan = BatchPlan(

@@ -26,10 +26,10 @@ def command(options: RunOptions, resume: ResumeOption = False) -> None:
     with launched_ranks():
         pairs = read_training_pairs(config)
         plan = existing_plan(config)
-        named = config.teacher.name is not None or config.teacher.embeddings is not None
-        if config.plan is None and named and config.mining.method == AUTO:  # who asks for mining gets it
+        if config.plan is None and config.teacher.is_named and config.mining.method == AUTO:  # who asks for it gets it
             config = replace(config, mining=replace(config.mining, method="anybatch"))
-        pretrained = config.model.name is None or is_pretrained(load_model(config.model))
+        loads = config.loss.name == AUTO and config.model.name is not None  # the student decides on the loss
+        pretrained = not loads or is_pretrained(load_model(config.model))
         config = with_recipe(config, pairs, plan, pretrained=pretrained)
         if not resume:
             check_start(config, pairs, plan)

@@ -39,7 +39,6 @@ METHODS: dict[str, str] = {
     "debiased": "anybatch.family.debiased.DebiasedInfoNCE",
 }
 LARGEST_REMEMBERING = 256  # rows of a batch: larger ones change the model so much that what is remembered is old
-REMEMBERED = 256  # `CrossBatchInfoNCE`'s default
 LEAST_ROWS = 10  # times the rows of a batch and a memory: of fewer there is little that a memory could add
 AUTO = "auto"  # a method by rule: the run, which knows its data, says which (`LossConfig.named`)
 # Options of every method that the rule may choose: given beside "auto" they hold for it.
@@ -116,7 +115,7 @@ def recommended(batch_size: int, num_rows: int, *, pretrained: bool, mined: bool
         return "count_corrected", "a transformer: the batch's negatives stand for all rows, none is remembered"
     if batch_size > LARGEST_REMEMBERING:
         return "count_corrected", "its negatives stand for all rows"
-    if num_rows < LEAST_ROWS * (batch_size + REMEMBERED):
+    if num_rows < LEAST_ROWS * (batch_size + options_of("cross_batch")["memory_size"].default):
         return "count_corrected", f"with {num_rows:,} rows its negatives stand for all, and a memory adds little"
     return "cross_batch", "recent pairs serve as further negatives"
 

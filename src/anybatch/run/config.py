@@ -173,6 +173,11 @@ class TeacherConfig(Configuration):
                 "one of them out."
             )
 
+    @property
+    def is_named(self) -> bool:
+        """Whether there is one: a model, or its embeddings."""
+        return self.name is not None or self.embeddings is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Configuration):

@@ -46,7 +46,7 @@ def recipe(
     """
     choices = []
     if config.plan is None and config.mining.method == AUTO:
-        teacher = config.teacher.name is not None or config.teacher.embeddings is not None
+        teacher = config.teacher.is_named
         method, why = "random", "no teacher is named"
         if config.mining.num_negatives:
             method, why = "anybatch", "hard negatives are mined, by a teacher"
